@@ -1,0 +1,56 @@
+# One command each. `make` alone prints this list.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt lint types arch test test-ray bench demo parity train check clean
+
+help: ## print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+setup: $(STAMP) ## create .venv and install everything, pinned, CPU only
+
+fmt: $(STAMP) ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(STAMP) ## ruff, formatting and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+arch: $(STAMP) ## the layer rules
+	$(BIN)/lint-imports --no-cache
+
+test: lint types arch ## everything CI runs: style, types, layers, tests, faults on real processes
+	$(BIN)/pytest -m "not bench and not gpu"
+
+test-ray: $(STAMP) ## only the tests on a real Ray cluster
+	$(BIN)/pytest -m ray
+
+bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
+	$(BIN)/pytest -m bench --benchmark-only
+
+demo: $(STAMP) ## two live streams, a prompt switch, a kill -9, and the proof that nothing was lost
+	$(BIN)/echo-ray demo
+
+parity: $(STAMP) ## compare the engine with the numbers of the reference (DIR=folder)
+	$(BIN)/echo-ray parity $(DIR)
+
+train: $(STAMP) ## train echo-tiny from nothing (CPU, about two hours)
+	$(BIN)/python -m echo_ray.training --out runs/echo-tiny
+
+check: test ## the same as test
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

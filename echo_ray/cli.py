@@ -1,0 +1,1 @@
+"""The `echo-ray` command: finds the subcommand, imports only that one, prints errors plainly."""

@@ -1,0 +1,262 @@
+"""The configuration tree: frozen, checked when built, one section per room.
+
+`from_mapping` turns plain data (YAML, JSON, Ray Serve `args`) into the tree and refuses every key
+it does not know. Only secrets and addresses ever come from the environment, and none do here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from echo_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def require(condition: bool, path: str, value: object, rule: str) -> None:
+    """Raise `ConfigError` naming the key, its value and the rule it breaks."""
+    if not condition:
+        raise ConfigError(f"{path}: {value!r} is not allowed: {rule}", param=path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which model runs, and on what."""
+
+    preset: str = "echo-tiny"
+    device: str = "cpu"
+    threads: int = 1
+    """CPU threads of the engine. More than one changes bits, so it is part of the fingerprint."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.preset), "model.preset", self.preset, "name a preset")
+        require(self.device in ("cpu", "cuda"), "model.device", self.device, "cpu or cuda")
+        require(1 <= self.threads <= 256, "model.threads", self.threads, "1 to 256")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionSection:
+    """Rules of a session's life: ownership, pacing, retention."""
+
+    lease_ttl_s: float = 1.5
+    lease_renew_s: float = 0.25
+    beat_s: float = 0.2
+    """A replica tells each reader that it is alive this often."""
+    silence_s: float = 1.2
+    """A reader that hears neither a beat nor a segment for this long gives the owner up."""
+    lead_chunks: int = 2
+    """A session is generated at most this many chunks ahead of playout."""
+    retention_chunks: int = 64
+    """Segments kept in memory for viewers who ask for a past index."""
+    snapshots_kept: int = 4
+    """Unpinned snapshots kept per session; older ones are deleted."""
+    idle_grace_s: float = 5.0
+    """A session without viewers goes on this long before `on_idle` applies."""
+    sweep_s: float = 2.0
+    """Routers look for sessions that nobody owns this often."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "lease_ttl_s",
+            "lease_renew_s",
+            "beat_s",
+            "silence_s",
+            "idle_grace_s",
+            "sweep_s",
+        ):
+            value = getattr(self, name)
+            require(
+                0 < value <= 3600, f"session.{name}", value, "more than 0, at most 3600 seconds"
+            )
+        require(
+            self.lease_renew_s * 3 <= self.lease_ttl_s,
+            "session.lease_renew_s",
+            self.lease_renew_s,
+            f"at most a third of session.lease_ttl_s ({self.lease_ttl_s})",
+        )
+        require(
+            self.beat_s * 3 <= self.silence_s,
+            "session.beat_s",
+            self.beat_s,
+            f"at most a third of session.silence_s ({self.silence_s})",
+        )
+        require(1 <= self.lead_chunks <= 64, "session.lead_chunks", self.lead_chunks, "1 to 64")
+        require(
+            8 <= self.retention_chunks <= 100_000,
+            "session.retention_chunks",
+            self.retention_chunks,
+            "8 to 100000",
+        )
+        require(
+            1 <= self.snapshots_kept <= 1000,
+            "session.snapshots_kept",
+            self.snapshots_kept,
+            "1 to 1000",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StorageSection:
+    """Where sessions, control logs and snapshots rest."""
+
+    backend: str = "local"
+    path: str = ".echo-ray"
+    """Folder of the `local` backend: one SQLite database and the snapshot files."""
+    snapshot_limit_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        require(
+            self.backend in ("local", "memory"), "storage.backend", self.backend, "local or memory"
+        )
+        require(bool(self.path), "storage.path", self.path, "name a folder")
+        require(
+            2**10 <= self.snapshot_limit_bytes <= 2**40,
+            "storage.snapshot_limit_bytes",
+            self.snapshot_limit_bytes,
+            "1 KiB to 1 TiB",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpSection:
+    """The router's door."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes any free port."""
+    max_message_bytes: int = 64 * 1024
+    """Largest request body or socket message accepted from a client."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.host), "http.host", self.host, "name an address")
+        require(0 <= self.port <= 65535, "http.port", self.port, "0 to 65535")
+        require(
+            1024 <= self.max_message_bytes <= 2**26,
+            "http.max_message_bytes",
+            self.max_message_bytes,
+            "1 KiB to 64 MiB",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsSection:
+    """What one request may ask for."""
+
+    prompt_chars: int = 2000
+    label_count: int = 16
+    label_chars: int = 128
+    sessions: int = 1000
+    events_per_session: int = 10_000
+    viewers_per_session: int = 256
+    sessions_per_replica: int = 16
+    """An upper bound beside measured capacity."""
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            require(1 <= value <= 10**9, f"limits.{name}", value, "1 to 1000000000")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EchoConfig:
+    """The whole configuration of one service."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    session: SessionSection = field(default_factory=SessionSection)
+    storage: StorageSection = field(default_factory=StorageSection)
+    http: HttpSection = field(default_factory=HttpSection)
+    limits: LimitsSection = field(default_factory=LimitsSection)
+
+
+def from_mapping(cls: type[T], data: object, path: str = "") -> T:
+    """Build the dataclass `cls` from plain data, refusing unknown keys and wrong types.
+
+    Raises `ConfigError` with the full path of the key, and the nearest known key if there is one.
+    """
+    where = path or "config"
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}", param=where)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        at = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})"
+            raise ConfigError(f"{at}: unknown{hint}", param=at)
+        values[key] = _convert(hints[key], value, at)
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            at = f"{path}.{name}" if path else name
+            raise ConfigError(f"{at}: missing; give it a value", param=at)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: object, at: str) -> Any:
+    if is_dataclass(hint):
+        return from_mapping(hint, value, at)  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        return _convert(inner[0], value, at)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{at}: expected a list, got {value!r}", param=at)
+        item = args[0]
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ConfigError(f"{at}: expected {len(args)} values, got {value!r}", param=at)
+        return tuple(_convert(item, v, f"{at}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not exact:
+        raise ConfigError(
+            f"{at}: expected {hint.__name__}, got {value!r} ({type(value).__name__})", param=at
+        )
+    return value
+
+
+def with_overrides(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments (values read as YAML scalars) to plain configuration data."""
+    result: dict[str, Any] = {
+        k: (dict(v) if isinstance(v, Mapping) else v) for k, v in data.items()
+    }
+    for assignment in assignments:
+        key, sep, text = assignment.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"--set {assignment!r}: write it as section.key=value")
+        *parents, last = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"{key}: {parent} is a value, not a section", param=key)
+            node = child
+        node[last] = yaml.safe_load(text)
+    return result
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML mapping, or say what is wrong with the file."""
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read: {e.strerror or e}", param=str(file)) from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{file}: not YAML: {e}", param=str(file)) from e
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top, got {type(data).__name__}")
+    return data

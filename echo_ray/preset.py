@@ -1,0 +1,245 @@
+"""What a model is, as data: geometry, cache, sampler, text and codec of a preset.
+
+A preset is a folder with `preset.toml` and its weights. Sizes that follow from others are
+properties here and literals nowhere.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from echo_ray.config import from_mapping, require
+from echo_ray.errors import ConfigError, ModelUnknown
+
+PRESETS = Path(str(resources.files("echo_ray") / "presets"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTShape:
+    """Dimensions of the causal diffusion transformer (spec section 3)."""
+
+    dim: int
+    num_heads: int
+    ffn_dim: int
+    num_layers: int
+    latent_height: int
+    latent_width: int
+    text_dim: int
+    text_len: int
+    freq_dim: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            self.dim % self.num_heads == 0, "dit.num_heads", self.num_heads, f"divide {self.dim}"
+        )
+        require(self.head_dim % 2 == 0, "dit.num_heads", self.num_heads, "leave an even head size")
+        require(self.freq_dim % 2 == 0, "dit.freq_dim", self.freq_dim, "even")
+        require(self.patch_size[0] == 1, "dit.patch_size", self.patch_size, "1 in time")
+        fits = self.latent_height % self.patch_size[1] == 0
+        require(fits, "dit.latent_height", self.latent_height, "a multiple of the patch")
+        fits = self.latent_width % self.patch_size[2] == 0
+        require(fits, "dit.latent_width", self.latent_width, "a multiple of the patch")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def grid_height(self) -> int:
+        return self.latent_height // self.patch_size[1]
+
+    @property
+    def grid_width(self) -> int:
+        return self.latent_width // self.patch_size[2]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid_height * self.grid_width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryShape:
+    """The learned memory (spec section 6): Q frame equivalents of tokens."""
+
+    frames: int = 3
+    encoder_layers: int = 2
+    ffn_dim: int | None = None
+    """None: four times the transformer's width, as published."""
+    normalize_keys: bool = False
+    recache: bool = True
+    """Whether a prompt switch rebuilds the memory from the recached window."""
+
+    def __post_init__(self) -> None:
+        require(self.frames >= 1, "cache.memory.frames", self.frames, "at least 1")
+        require(
+            self.encoder_layers >= 1,
+            "cache.memory.encoder_layers",
+            self.encoder_layers,
+            "at least 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheShape:
+    """The three tiers and their cache policy (spec sections 4, 5 and 8)."""
+
+    policy: str = "echo"
+    frames_per_chunk: int = 3
+    window_frames: int = 12
+    """Sink included."""
+    sink_frames: int = 3
+    position_limit: int = 21
+    memory: MemoryShape | None = None
+    global_sink: bool = True
+    point_every: int = 8
+    """K: the state is consolidated at chunk indices divisible by this. 0: never."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.frames_per_chunk >= 1,
+            "cache.frames_per_chunk",
+            self.frames_per_chunk,
+            "at least 1",
+        )
+        require(
+            1 <= self.sink_frames <= self.frames_per_chunk,
+            "cache.sink_frames",
+            self.sink_frames,
+            f"1 to cache.frames_per_chunk ({self.frames_per_chunk}): a wider sink keeps noisy keys",
+        )
+        require(
+            self.local_frames >= self.frames_per_chunk,
+            "cache.window_frames",
+            self.window_frames,
+            f"at least sink + chunk = {self.sink_frames + self.frames_per_chunk}",
+        )
+        require(self.point_every >= 0, "cache.point_every", self.point_every, "0 or more")
+
+    @property
+    def local_frames(self) -> int:
+        return self.window_frames - self.sink_frames
+
+    @property
+    def memory_frames(self) -> int:
+        return self.memory.frames if self.memory else 0
+
+    @property
+    def history_frames(self) -> int:
+        """Latest clean latents that a switch or a rebuild can ask for, besides the sink's."""
+        return self.local_frames if self.global_sink else self.window_frames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerShape:
+    """The few-step flow-matching sampler (spec section 7)."""
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    kind: str = "renoise"
+    """renoise: fresh noise after each step, as published. euler: the predicted noise again."""
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(len(self.steps) >= 1, "sampler.steps", self.steps, "at least one step")
+        falling = all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False))
+        inside = all(0 < s <= 1000 for s in self.steps)
+        require(falling and inside, "sampler.steps", self.steps, "falling, each from 1 to 1000")
+        require(self.shift > 0, "sampler.shift", self.shift, "more than 0")
+        require(self.kind in ("renoise", "euler"), "sampler.kind", self.kind, "renoise or euler")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextShape:
+    """The word-level prompt encoder of the tiny preset."""
+
+    kind: str = "words"
+    layers: int = 2
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.kind == "words", "text.kind", self.kind, "words")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecShape:
+    """Latents to frames and back. `group`: a group of frames as channels of one image."""
+
+    kind: str = "group"
+    widths: tuple[int, int] = (64, 112)
+    blocks: int = 3
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+    def __post_init__(self) -> None:
+        require(self.kind == "group", "codec.kind", self.kind, "group")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """One model that can be served."""
+
+    name: str
+    fps: int
+    dit: DiTShape
+    cache: CacheShape
+    sampler: SamplerShape
+    text: TextShape
+    codec: CodecShape
+
+    def __post_init__(self) -> None:
+        c = self.cache
+        require(
+            c.sink_frames == c.frames_per_chunk and c.local_frames % c.frames_per_chunk == 0,
+            "cache.sink_frames",
+            c.sink_frames,
+            "a served preset has a sink of one chunk and a window of whole chunks",
+        )
+        require(1 <= self.fps <= 240, "fps", self.fps, "1 to 240")
+
+    @property
+    def width(self) -> int:
+        return self.dit.latent_width * self.codec.spatial_stride
+
+    @property
+    def height(self) -> int:
+        return self.dit.latent_height * self.codec.spatial_stride
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Pixel frames of every chunk but the first."""
+        return self.cache.frames_per_chunk * self.codec.temporal_stride
+
+    @property
+    def first_chunk_frames(self) -> int:
+        """Pixel frames of chunk 0: its first latent decodes to a single frame."""
+        return 1 + (self.cache.frames_per_chunk - 1) * self.codec.temporal_stride
+
+
+def preset_folder(name: str) -> Path:
+    """Folder of a preset by name. Raises `ModelUnknown`, naming those that exist."""
+    known = sorted(p.parent.name for p in PRESETS.glob("*/preset.toml"))
+    if name not in known:
+        raise ModelUnknown(f"model {name!r} is unknown; known: {', '.join(known)}", param="model")
+    return PRESETS / name
+
+
+def load_preset(name: str) -> Preset:
+    """Read and check a preset's `preset.toml`."""
+    return read_preset(preset_folder(name) / "preset.toml")
+
+
+def read_preset(file: Path) -> Preset:
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{file}: cannot be read as a preset: {e}") from e
+    return from_mapping(Preset, data)

@@ -1,0 +1,86 @@
+"""The four verbs between the service and a device, as a protocol.
+
+The service drives any engine through this and never learns what is inside a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from echo_ray.session.chunk import Chunk
+from echo_ray.session.snapshot import Snapshot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamShape:
+    """What a viewer has to know of a model's frames."""
+
+    model: str
+    fps: int
+    width: int
+    height: int
+    frames_per_chunk: int
+    first_chunk_frames: int
+    point_every: int
+    """K: the state is consolidated, and can be saved, at chunk indices divisible by this."""
+
+    def frames_in(self, index: int) -> int:
+        return self.first_chunk_frames if index == 0 else self.frames_per_chunk
+
+    def start_s(self, index: int) -> float:
+        """Media time at which chunk `index` begins."""
+        if index == 0:
+            return 0.0
+        return (self.first_chunk_frames + (index - 1) * self.frames_per_chunk) / self.fps
+
+    @property
+    def chunk_s(self) -> float:
+        return self.frames_per_chunk / self.fps
+
+
+class State(Protocol):
+    """A session's state between two steps: everything that makes it go on, opaque but for these."""
+
+    @property
+    def next_index(self) -> int:
+        """Index of the chunk that the next step generates."""
+        ...
+
+    @property
+    def at_point(self) -> bool:
+        """Whether this is a consolidation point, where `save` is possible."""
+        ...
+
+
+class Engine(Protocol):
+    """One device. Not thread-safe: one thread calls it."""
+
+    @property
+    def shape(self) -> StreamShape: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints produce equal bits: model, weights, dtype, device, threads, code."""
+        ...
+
+    def open(self, prompt: str, seed: int) -> State:
+        """Point 0 of a new session. Raises `PromptError`, `InvalidRequestError`."""
+        ...
+
+    def step(self, state: State, prompts: Sequence[str] = ()) -> Chunk:
+        """Generate chunk `state.next_index` and advance the state by it.
+
+        `prompts`: the switches pinned to this chunk, in log order (the last one stands). A failed
+        step leaves the state unusable and says so with `EngineError`; load it again.
+        """
+        ...
+
+    def save(self, state: State) -> Snapshot:
+        """The state as a value. Raises `EngineError` unless the state is at a point."""
+        ...
+
+    def load(self, snapshot: Snapshot) -> State:
+        """The state that `save` was given. Raises `SnapshotError` on any part that does not fit."""
+        ...

@@ -1,0 +1,138 @@
+"""The contract of every store: what a session directory and a snapshot store promise.
+
+Both are synchronous; services call them from threads. Every method raises `StoreUnavailable` (or
+`StoreFull`, `StoreCorrupt`) when the store itself fails, and then nothing was changed.
+
+A write that carries an epoch is *fenced*: unless the epoch equals the session's current one it
+raises `Fenced` and changes nothing. On an unknown session every method raises `SessionNotFound`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+
+
+class Directory(Protocol):
+    """Sessions, their owners, control logs, commits and snapshot references; and live replicas."""
+
+    def create(self, record: SessionRecord) -> None:
+        """Add a session. Raises `SessionExists`."""
+        ...
+
+    def get(self, session_id: str) -> SessionRecord: ...
+
+    def list(self) -> Sequence[SessionRecord]:
+        """All sessions, oldest first."""
+        ...
+
+    def delete(self, session_id: str) -> None:
+        """Forget the session, its log, commits and snapshot references; its owner is fenced."""
+        ...
+
+    def claim(self, session_id: str, owner: str, *, expect_epoch: int, ttl_s: float) -> Lease:
+        """Make `owner` the owner under epoch `expect_epoch + 1` and set the session live.
+
+        Raises `Fenced` if the epoch is not `expect_epoch` any more, `SessionClosed` if closed.
+        """
+        ...
+
+    def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> Sequence[Lease]:
+        """Extend leases to now + ttl_s; returns those that are lost (newer epoch, or deleted)."""
+        ...
+
+    def release(self, lease: Lease, *, state: str) -> None:
+        """Give the session up: no owner, lease ended, `state` live, paused or closed. Fenced."""
+        ...
+
+    def set_state(self, session_id: str, *, state: str) -> SessionRecord:
+        """Set the state whoever owns it; paused and closed also raise the epoch and drop the owner.
+
+        Raises `SessionClosed` when the session is closed already and `state` is another one.
+        """
+        ...
+
+    def seal(self, lease: Lease, index: int) -> Sequence[ControlEntry]:
+        """Fix what chunk `index` is generated under, before that; returns its entries in order.
+
+        From here no entry can be pinned at or before `index`. Repeating it (after a claim) is
+        allowed and returns the same. Raises `ConflictError` unless index == next_index. Fenced.
+        """
+        ...
+
+    def commit(self, lease: Lease, index: int, digest: str, fingerprint: str) -> None:
+        """Chunk `index` is produced: next_index becomes index + 1, compared and set with the epoch.
+
+        Raises `ConflictError` unless index == next_index and the chunk is sealed. Fenced.
+        """
+        ...
+
+    def digests(self, session_id: str, start: int, stop: int) -> dict[int, str]:
+        """Committed digests of chunks start..stop-1, those still kept (the last 4096 at least)."""
+        ...
+
+    def append_control(
+        self, session_id: str, event_id: str, prompt: str, *, at_chunk: int | None = None
+    ) -> ControlEntry:
+        """Append to the control log, durably; pinned to `at_chunk`, or to the first open chunk.
+
+        The same event id with the same prompt and at_chunk returns the first entry again; with
+        another body raises `EventIdConflict`. Raises `ChunkSealed` if at_chunk < sealed,
+        `SessionClosed` if the session is closed.
+        """
+        ...
+
+    def controls(self, session_id: str, start: int = 0) -> Sequence[ControlEntry]:
+        """Entries pinned at chunk >= start, by chunk, then in the order they were appended."""
+        ...
+
+    def add_snapshot(self, lease: Lease, ref: SnapshotRef) -> None:
+        """Record a stored snapshot. Fenced. The same id again replaces it."""
+        ...
+
+    def snapshots(self, session_id: str) -> Sequence[SnapshotRef]:
+        """Recorded snapshots, newest point first."""
+        ...
+
+    def pin_snapshot(self, session_id: str, snapshot_id: str) -> SnapshotRef:
+        """Keep this one for ever. Raises `SnapshotNotFound`."""
+        ...
+
+    def drop_snapshot(self, session_id: str, snapshot_id: str) -> None:
+        """Forget the reference (before its bytes are deleted). Unknown ids are ignored."""
+        ...
+
+    def put_replica(self, record: ReplicaRecord, *, ttl_s: float) -> None:
+        """Register or renew a replica for `ttl_s`."""
+        ...
+
+    def remove_replica(self, replica_id: str) -> None: ...
+
+    def replicas(self) -> Sequence[ReplicaRecord]:
+        """Replicas whose time has not run out, by id."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SnapshotStore(Protocol):
+    """Immutable blobs by (session, snapshot id). Fencing is the directory's: a blob that the
+    directory does not list does not exist for anybody."""
+
+    name: str
+
+    def put(self, session_id: str, snapshot_id: str, blob: bytes) -> None:
+        """Store all of the bytes or none. Raises `StoreFull`; `CapacityError` over the limit."""
+        ...
+
+    def get(self, session_id: str, snapshot_id: str) -> bytes:
+        """Raises `SnapshotNotFound`."""
+        ...
+
+    def delete(self, session_id: str, snapshot_id: str) -> None:
+        """Unknown ids are ignored."""
+        ...
+
+    def delete_session(self, session_id: str) -> None: ...
