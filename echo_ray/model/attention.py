@@ -1,0 +1,98 @@
+"""Attention, its norms, and the seam through which a forward pass meets a cache.
+
+Shapes: B batch, N query tokens, M key tokens, H heads, D head size, C = H * D width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from echo_ray.model.rope import rotate
+
+
+class KVCall(Protocol):
+    """One forward pass's view of the cache: where queries stand and which keys they see.
+
+    The transformer knows nothing about slots, eviction or positions; it hands over each layer's
+    new keys and values, un-rotated, and attends to what comes back.
+    """
+
+    @property
+    def query_rope(self) -> Tensor:
+        """Complex rope factors [N, D / 2] of the query tokens."""
+        ...
+
+    def present(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the call's keys and values; return all presented ones, [B, M, H, D], rotated."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), computed in float32 and cast back before the weight is applied."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def split_heads(x_BNC: Tensor, heads: int) -> Tensor:
+    return x_BNC.view(*x_BNC.shape[:-1], heads, -1)
+
+
+def attention(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v over every presented key, no mask; returns [B, N, C]."""
+    out_BHND = functional.scaled_dot_product_attention(
+        q_BNHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2)
+    )
+    return out_BHND.transpose(1, 2).flatten(2)
+
+
+class QKV(nn.Module):
+    """The projections that self- and cross-attention share; norms span the full width."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
+
+    def queries(self, x_BNC: Tensor) -> Tensor:
+        q: Tensor = self.norm_q(self.q(x_BNC))
+        return split_heads(q, self.num_heads)
+
+    def keys_values(self, x_BMC: Tensor) -> tuple[Tensor, Tensor]:
+        k: Tensor = self.norm_k(self.k(x_BMC))
+        v: Tensor = self.v(x_BMC)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+
+class SelfAttention(QKV):
+    """Attention over the three tiers that the cache presents (spec sections 3 and 4)."""
+
+    def forward(self, x_BNC: Tensor, call: KVCall, layer: int) -> Tensor:
+        q_BNHD = rotate(self.queries(x_BNC), call.query_rope)
+        k_BMHD, v_BMHD = call.present(layer, *self.keys_values(x_BNC))
+        out: Tensor = self.o(attention(q_BNHD, k_BMHD, v_BMHD))
+        return out
+
+
+class CrossAttention(QKV):
+    """Attention over a prompt's keys and values, computed once per prompt; no rope, no mask."""
+
+    def forward(self, x_BNC: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+        out: Tensor = self.o(attention(self.queries(x_BNC), k_BMHD, v_BMHD))
+        return out

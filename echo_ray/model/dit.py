@@ -1,0 +1,155 @@
+"""The causal Wan2.1 diffusion transformer (spec section 3). One class for every cache policy.
+
+Shapes: B batch, F frames, T tokens per frame, N = F * T tokens, C width, H W latent size, P text
+tokens. Module names are those of the published checkpoint (spec section 2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from echo_ray.model.attention import CrossAttention, KVCall, SelfAttention
+from echo_ray.preset import DiTShape
+
+
+@dataclass(frozen=True, slots=True)
+class TimeCondition:
+    """What a timestep per frame becomes: e [B, F, C] and its six-way projection [B, F, 6, C]."""
+
+    e_BFC: Tensor
+    e0_BF6C: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKV:
+    """Cross-attention keys and values of one prompt, a pair [B, P, heads, head size] per layer."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+class Block(nn.Module):
+    def __init__(self, shape: DiTShape) -> None:
+        super().__init__()
+        dim = shape.dim
+        self.eps = shape.eps
+        self.self_attn = SelfAttention(dim, shape.num_heads, shape.eps, shape.qk_norm)
+        self.norm3 = nn.LayerNorm(dim, shape.eps) if shape.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(dim, shape.num_heads, shape.eps, shape.qk_norm)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, shape.ffn_dim), nn.GELU("tanh"), nn.Linear(shape.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        e0_BF6C: Tensor,
+        prompt: tuple[Tensor, Tensor],
+        call: KVCall,
+        layer: int,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0_BF6C).unbind(2)
+        h = modulate(x_BNC, shift1, scale1, self.eps)
+        x_BNC = x_BNC + gated(self.self_attn(h, call, layer), gate1)
+        x_BNC = x_BNC + self.cross_attn(self.norm3(x_BNC), *prompt)
+        h = modulate(x_BNC, shift2, scale2, self.eps)
+        return x_BNC + gated(self.ffn(h), gate2)
+
+
+class Head(nn.Module):
+    """Modulated by the width-C embedding itself, not by its six-way projection."""
+
+    def __init__(self, shape: DiTShape) -> None:
+        super().__init__()
+        self.eps = shape.eps
+        patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
+        self.head = nn.Linear(shape.dim, patch * shape.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
+
+    def forward(self, x_BNC: Tensor, e_BFC: Tensor) -> Tensor:
+        shift, scale = (self.modulation + e_BFC.unsqueeze(2)).unbind(2)
+        out: Tensor = self.head(modulate(x_BNC, shift, scale, self.eps))
+        return out
+
+
+def modulate(x_BNC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters, then scale and shift of each token's frame."""
+    frames = shift_BFC.shape[1]
+    h_BFTC = split_frames(functional.layer_norm(x_BNC, x_BNC.shape[-1:], eps=eps), frames)
+    return (h_BFTC * (1 + scale_BFC.unsqueeze(2)) + shift_BFC.unsqueeze(2)).flatten(1, 2)
+
+
+def split_frames(x_BNC: Tensor, frames: int) -> Tensor:
+    return x_BNC.view(x_BNC.shape[0], frames, -1, x_BNC.shape[-1])
+
+
+def gated(y_BNC: Tensor, gate_BFC: Tensor) -> Tensor:
+    frames = gate_BFC.shape[1]
+    return (split_frames(y_BNC, frames) * gate_BFC.unsqueeze(2)).flatten(1, 2)
+
+
+def sinusoid(t_BF: Tensor, freq_dim: int) -> Tensor:
+    """Timestep embedding [B, F, freq_dim], cosines first, in float64."""
+    half = freq_dim // 2
+    i = torch.arange(half, dtype=torch.float64, device=t_BF.device)
+    angles = t_BF.to(torch.float64).unsqueeze(-1) * 10_000.0 ** (-i / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class DiT(nn.Module):
+    """Predicts the flow (noise - clean) of a chunk; sees the past only through a `KVCall`."""
+
+    def __init__(self, shape: DiTShape) -> None:
+        super().__init__()
+        dim = shape.dim
+        self.shape = shape
+        self.patch_embedding = nn.Conv3d(
+            shape.in_channels, dim, kernel_size=shape.patch_size, stride=shape.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(shape.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.head = Head(shape)
+
+    def condition(self, t_BF: Tensor) -> TimeCondition:
+        """Embed one timestep per frame (a raw timestep from 0 to 1000)."""
+        dtype = self.patch_embedding.weight.dtype
+        e_BFC = self.time_embedding(sinusoid(t_BF, self.shape.freq_dim).to(dtype))
+        e0_BF6C = self.time_projection(e_BFC).view(*e_BFC.shape[:2], 6, -1)
+        return TimeCondition(e_BFC, e0_BF6C)
+
+    def encode_prompt(self, text_BPE: Tensor) -> PromptKV:
+        """Keys and values of prompt embeddings [B, P, text_dim], padding included, per layer."""
+        context_BPC = self.text_embedding(text_BPE)
+        return PromptKV(
+            tuple(block.cross_attn.keys_values(context_BPC) for block in self._blocks())
+        )
+
+    def forward(
+        self, x_BFCHW: Tensor, time: TimeCondition, prompt: PromptKV, call: KVCall
+    ) -> Tensor:
+        """Flow of the same layout as the input."""
+        frames = x_BFCHW.shape[1]
+        x_BNC = self.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
+        for layer, block in enumerate(self._blocks()):
+            x_BNC = block(x_BNC, time.e0_BF6C, prompt.layers[layer], call, layer)
+        return self._unpatchify(self.head(x_BNC, time.e_BFC), frames)
+
+    def _blocks(self) -> list[Block]:
+        return [b for b in self.blocks if isinstance(b, Block)]
+
+    def _unpatchify(self, y_BNV: Tensor, frames: int) -> Tensor:
+        s = self.shape
+        _, ph, pw = s.patch_size
+        y = y_BNV.view(-1, frames, s.grid_height, s.grid_width, ph, pw, s.out_channels)
+        y = y.permute(0, 1, 6, 2, 4, 3, 5)
+        return y.reshape(-1, frames, s.out_channels, s.latent_height, s.latent_width)
