@@ -3,8 +3,12 @@
 Both are synchronous; services call them from threads. Every method raises `StoreUnavailable` (or
 `StoreFull`, `StoreCorrupt`) when the store itself fails, and then nothing was changed.
 
-A write that carries an epoch is *fenced*: unless the epoch equals the session's current one it
-raises `Fenced` and changes nothing. On an unknown session every method raises `SessionNotFound`.
+A write that carries a lease is *fenced*: unless its epoch and owner are the session's current ones
+it raises `Fenced` and changes nothing. On an unknown session every method raises `SessionNotFound`.
+A refused call changes nothing either. The rules themselves stand in `session/control_log.py`.
+
+Session ids are never used again, not even after `delete`: a new session under an old id would begin
+at epoch 0 and could not tell an old owner from its own.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ class Directory(Protocol):
     """Sessions, their owners, control logs, commits and snapshot references; and live replicas."""
 
     def create(self, record: SessionRecord) -> None:
-        """Add a session. Raises `SessionExists`."""
+        """Add a session. Raises `SessionExists`; `InvalidRequestError` if it cannot be kept."""
         ...
 
-    def get(self, session_id: str) -> SessionRecord: ...
+    def get(self, session_id: str) -> SessionRecord:
+        """The session as it stands."""
+        ...
 
     def list(self) -> Sequence[SessionRecord]:
         """All sessions, oldest first."""
@@ -40,11 +46,17 @@ class Directory(Protocol):
         ...
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> Sequence[Lease]:
-        """Extend leases to now + ttl_s; returns those that are lost (newer epoch, or deleted)."""
+        """Extend leases to now + ttl_s; returns those lost (newer epoch, released or deleted).
+
+        A lease that ran out but that nobody claimed since is extended like any other.
+        """
         ...
 
     def release(self, lease: Lease, *, state: str) -> None:
-        """Give the session up: no owner, lease ended, `state` live, paused or closed. Fenced."""
+        """Give the session up: no owner, lease ended, `state` live, paused or closed. Fenced.
+
+        The lease is spent: whatever is written under it afterwards raises `Fenced`.
+        """
         ...
 
     def set_state(self, session_id: str, *, state: str) -> SessionRecord:
@@ -78,9 +90,10 @@ class Directory(Protocol):
     ) -> ControlEntry:
         """Append to the control log, durably; pinned to `at_chunk`, or to the first open chunk.
 
-        The same event id with the same prompt and at_chunk returns the first entry again; with
-        another body raises `EventIdConflict`. Raises `ChunkSealed` if at_chunk < sealed,
-        `SessionClosed` if the session is closed.
+        The same event id with the same prompt and at_chunk returns the first entry again, even if
+        that chunk has been sealed or the session closed since; with another body raises
+        `EventIdConflict`. Raises `ChunkSealed` if at_chunk < sealed, `SessionClosed` if the session
+        is closed, `InvalidRequestError` for text that is not Unicode or an index beyond 2^53.
         """
         ...
 
@@ -89,42 +102,60 @@ class Directory(Protocol):
         ...
 
     def add_snapshot(self, lease: Lease, ref: SnapshotRef) -> None:
-        """Record a stored snapshot. Fenced. The same id again replaces it."""
+        """Record a stored snapshot. Fenced. The same id again replaces it, and stays pinned.
+
+        Raises `InvalidRequestError` if the reference names another session than the lease.
+        """
         ...
 
     def snapshots(self, session_id: str) -> Sequence[SnapshotRef]:
-        """Recorded snapshots, newest point first."""
+        """Recorded snapshots, newest point first; of one point, the one recorded last first."""
         ...
 
     def pin_snapshot(self, session_id: str, snapshot_id: str) -> SnapshotRef:
-        """Keep this one for ever. Raises `SnapshotNotFound`."""
+        """Keep this one as long as its session. Raises `SnapshotNotFound`."""
         ...
 
     def drop_snapshot(self, session_id: str, snapshot_id: str) -> None:
-        """Forget the reference (before its bytes are deleted). Unknown ids are ignored."""
+        """Forget the reference (before its bytes are deleted). Unknown ids are ignored.
+
+        Raises `ConflictError` if it is pinned, so that a pin that comes while old snapshots are
+        being deleted is never lost: whoever deletes keeps the bytes then.
+        """
         ...
 
     def put_replica(self, record: ReplicaRecord, *, ttl_s: float) -> None:
         """Register or renew a replica for `ttl_s`."""
         ...
 
-    def remove_replica(self, replica_id: str) -> None: ...
+    def remove_replica(self, replica_id: str) -> None:
+        """Forget a replica. Unknown ids are ignored."""
+        ...
 
     def replicas(self) -> Sequence[ReplicaRecord]:
         """Replicas whose time has not run out, by id."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of files and connections. Closing twice is allowed."""
+        ...
 
 
 class SnapshotStore(Protocol):
-    """Immutable blobs by (session, snapshot id). Fencing is the directory's: a blob that the
-    directory does not list does not exist for anybody."""
+    """Immutable blobs by (session, snapshot id).
+
+    Fencing is the directory's: a blob that the directory does not list does not exist for anybody.
+    Ids are 1 to 128 letters, digits, dots, dashes and underscores and begin with a letter or digit;
+    every method raises `InvalidRequestError` on others.
+    """
 
     name: str
 
     def put(self, session_id: str, snapshot_id: str, blob: bytes) -> None:
-        """Store all of the bytes or none. Raises `StoreFull`; `CapacityError` over the limit."""
+        """Store all of the bytes or none; the same id again replaces them.
+
+        Raises `StoreFull`; `CapacityError` if this one blob is over the limit.
+        """
         ...
 
     def get(self, session_id: str, snapshot_id: str) -> bytes:
@@ -135,4 +166,6 @@ class SnapshotStore(Protocol):
         """Unknown ids are ignored."""
         ...
 
-    def delete_session(self, session_id: str) -> None: ...
+    def delete_session(self, session_id: str) -> None:
+        """Delete all blobs of a session. An unknown one is ignored."""
+        ...
