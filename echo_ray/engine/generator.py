@@ -91,12 +91,17 @@ class Generator:
         )
 
     def generate(self, state: LatentState, noise: Noise) -> Tensor:
-        """Denoise the next chunk and let it join the past; returns its clean latents.
+        """Denoise the next chunk and let it join the past; returns its clean latents."""
+        clean = self.denoise(state, noise)
+        self.absorb(state, clean)
+        return clean
+
+    def absorb(self, state: LatentState, clean: Tensor) -> None:
+        """Let a denoised chunk join the past and advance to the next one.
 
         Chunk indices divisible by `point_every` are points: there the rebuild of the whole window
         takes the place of the chunk's context pass.
         """
-        clean = self._denoise(state, noise)
         first = state.next_chunk * self.cache.frames_per_chunk
         state.next_chunk += 1
         self._remember(state, clean)
@@ -105,7 +110,6 @@ class Generator:
             self.rebuild(state)
         else:
             self._context_pass(state, clean, first, see_memory=state.has_history)
-        return clean
 
     def switch(self, state: LatentState, text_BPE: Tensor) -> None:
         """Change the prompt before the next chunk and recache the window under it (section 8)."""
@@ -146,7 +150,8 @@ class Generator:
             latents = self._history(state, first, first + count)
             self._context_pass(state, latents, first, see_memory=state.has_history)
 
-    def _denoise(self, state: LatentState, noise: Noise) -> Tensor:
+    def denoise(self, state: LatentState, noise: Noise) -> Tensor:
+        """Clean latents [B, F, C, H, W] of the next chunk; `absorb` has to follow."""
         count, chunk = self.cache.frames_per_chunk, state.next_chunk
         first = chunk * count
         update = self._leaving_update(state, count)

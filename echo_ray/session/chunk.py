@@ -35,7 +35,7 @@ class Chunk:
     prompt: str
     """The prompt this chunk was generated under."""
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds spent per stage (text, recache, denoise, context, decode, consolidate, drift)."""
+    """Seconds spent per stage (text, recache, denoise, context, decode, drift)."""
 
 
 def frames_digest(frames: bytes) -> str:

@@ -1,0 +1,142 @@
+"""A session's state as a value, and its way into a snapshot and back.
+
+The compact state is all that travels: sink and history latents, the memory's query, counters,
+prompts and the drift baseline. Keys, values and decoder caches are derived from it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echo_ray.engine.drift import NUMBERS, DriftState
+from echo_ray.engine.generator import LatentState
+from echo_ray.errors import SnapshotCorrupt
+from echo_ray.session.snapshot import DTYPE_BYTES, Buffer, Snapshot
+
+HEADER = {"kind", "prompt", "sink_prompt"}
+KIND = "session"
+TENSORS = {"counters", "drift", "history", "sink"}
+MEMORY = "memory_query"
+
+
+@dataclass(slots=True)
+class SessionState:
+    """Everything that makes a session go on. Only `Engine.step` changes it."""
+
+    seed: int
+    prompt: str
+    sink_prompt: str
+    latent: LatentState
+    decoder: dict[str, Tensor]
+    drift: DriftState
+    point_every: int
+
+    @property
+    def next_index(self) -> int:
+        return self.latent.next_chunk
+
+    @property
+    def at_point(self) -> bool:
+        every = self.point_every
+        return self.next_index == 0 or (every > 0 and self.next_index % every == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class CompactState:
+    """What a snapshot holds, unpacked and checked for presence, not yet for geometry."""
+
+    prompt: str
+    sink_prompt: str
+    seed: int
+    next_chunk: int
+    has_history: bool
+    sink_first: int
+    sink: Tensor
+    history: Tensor
+    query: Tensor | None
+    drift: DriftState
+
+
+def pack(state: SessionState, fingerprint: str) -> Snapshot:
+    """The snapshot of a state at a point. Counters have a fixed width, so no age shows in it."""
+    latent = state.latent
+    counters = [latent.next_chunk, state.seed, int(latent.has_history), latent.sink_first]
+    tensors = {
+        "counters": to_buffer(torch.tensor(counters, dtype=torch.int64)),
+        "drift": to_buffer(torch.tensor(state.drift.to_numbers(), dtype=torch.float64)),
+        "history": to_buffer(latent.history_BFCHW),
+        "sink": to_buffer(latent.sink_BFCHW),
+    }
+    if latent.query_BMC is not None:
+        tensors[MEMORY] = to_buffer(latent.query_BMC)
+    header = {"kind": KIND, "prompt": state.prompt, "sink_prompt": state.sink_prompt}
+    return Snapshot(fingerprint, header, tensors)
+
+
+def unpack(snapshot: Snapshot, *, with_memory: bool) -> CompactState:
+    """Read a snapshot's parts. Raises `SnapshotCorrupt` on a missing or surplus key."""
+    tensors = TENSORS | ({MEMORY} if with_memory else set())
+    _same_keys("header", set(snapshot.header), HEADER)
+    _same_keys("tensors", set(snapshot.tensors), tensors)
+    header = snapshot.header
+    if header["kind"] != KIND or not all(isinstance(header[k], str) for k in HEADER):
+        raise SnapshotCorrupt(f"snapshot header is not a session's: {_shown(header)}")
+    counters = _numbers(snapshot, "counters", "int64", 4)
+    drift = _numbers(snapshot, "drift", "float64", NUMBERS)
+    next_chunk, seed, has_history, sink_first = (int(c) for c in counters)
+    if next_chunk < 0 or seed < 0 or sink_first < 0 or has_history not in (0, 1):
+        raise SnapshotCorrupt(f"snapshot counters are out of range: {counters}")
+    return CompactState(
+        prompt=header["prompt"],
+        sink_prompt=header["sink_prompt"],
+        seed=seed,
+        next_chunk=next_chunk,
+        has_history=bool(has_history),
+        sink_first=sink_first,
+        sink=to_tensor(snapshot.tensors["sink"]),
+        history=to_tensor(snapshot.tensors["history"]),
+        query=to_tensor(snapshot.tensors[MEMORY]) if with_memory else None,
+        drift=DriftState.from_numbers(drift),
+    )
+
+
+def to_buffer(tensor: Tensor) -> Buffer:
+    """A tensor's bytes, little-endian and row-major."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES or sys.byteorder != "little":
+        raise SnapshotCorrupt(f"tensors of dtype {name} are not stored on this machine")
+    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return Buffer(name, tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes())
+
+
+def to_tensor(buffer: Buffer) -> Tensor:
+    dtype = getattr(torch, buffer.dtype)
+    if not buffer.data:
+        return torch.zeros(buffer.shape, dtype=dtype)
+    flat = torch.from_numpy(np.frombuffer(buffer.data, dtype=np.uint8).copy())
+    return flat.view(dtype).reshape(buffer.shape)
+
+
+def _numbers(snapshot: Snapshot, name: str, dtype: str, count: int) -> list[float]:
+    buffer = snapshot.tensors[name]
+    if buffer.dtype != dtype or buffer.shape != (count,):
+        raise SnapshotCorrupt(f"snapshot tensor {name!r} is {buffer.dtype} {buffer.shape}")
+    values: list[float] = to_tensor(buffer).tolist()
+    return values
+
+
+def _same_keys(what: str, actual: set[str], expected: set[str]) -> None:
+    if actual != expected:
+        missing, surplus = sorted(expected - actual), sorted(actual - expected)
+        raise SnapshotCorrupt(f"snapshot {what}: missing {missing}, surplus {surplus}")
+
+
+def _shown(header: Mapping[str, Any]) -> str:
+    return str(dict(header))[:200]
