@@ -1,0 +1,127 @@
+"""What the engine yields, what it refuses, and what it does not touch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small import small_engine, small_preset
+
+from echo_ray.config import ModelSection
+from echo_ray.engine.engine import build_engine
+from echo_ray.engine.weights import build_modules, load_modules
+from echo_ray.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelUnknown,
+    PromptError,
+    WeightsError,
+)
+from echo_ray.model.policies.choose import choose_policy
+from echo_ray.preset import CacheShape, MemoryShape
+
+
+def test_frames_of_the_first_and_of_later_chunks() -> None:
+    engine = small_engine()
+    state = engine.open("a red ball", 3)
+    chunks = [engine.step(state) for _ in range(3)]
+    assert [c.index for c in chunks] == [0, 1, 2]
+    assert [c.num_frames for c in chunks] == [9, 12, 12]
+    shape = engine.shape
+    for chunk in chunks:
+        assert chunk.num_frames == shape.frames_in(chunk.index)
+        assert len(chunk.frames) == chunk.num_frames * shape.height * shape.width * 3
+        assert chunk.digest == hashlib.sha256(chunk.frames).hexdigest()
+        assert set(chunk.stage_seconds) == {"denoise", "context", "decode", "drift"}
+    assert shape.start_s(2) == (9 + 12) / 16
+
+
+def test_the_last_of_several_switches_stands() -> None:
+    one, both = small_engine(), small_engine()
+    a, b = one.open("a red ball", 3), both.open("a red ball", 3)
+    first = one.step(a, ("a green square",))
+    second = both.step(b, ("a blue ball", "a green square"))
+    assert first.prompt == second.prompt == "a green square"
+    assert first.digest == second.digest
+
+
+def test_prompt_and_seed_matter() -> None:
+    engine = small_engine()
+    digests = {
+        engine.step(engine.open(prompt, seed)).digest
+        for prompt in ("a red ball", "a blue square")
+        for seed in (1, 2)
+    }
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(InvalidRequestError, match=str(seed)):
+        small_engine().open("a red ball", seed)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
+    engine = small_engine()
+    with pytest.raises(PromptError, match="empty"):
+        engine.open(prompt, 1)
+    state = engine.open("a red ball", 1)
+    with pytest.raises(PromptError, match="empty"):
+        engine.step(state, (prompt,))
+
+
+def test_the_global_generator_is_neither_read_nor_moved() -> None:
+    engine = small_engine()
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = engine.step(engine.open("a red ball", 1)).digest
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert engine.step(engine.open("a red ball", 1)).digest == first
+
+
+def test_unknown_preset_and_missing_device() -> None:
+    with pytest.raises(ModelUnknown, match="echo-tiny"):
+        build_engine(ModelSection(preset="echo-huge"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="cuda is not available"):
+            build_engine(ModelSection(device="cuda"))
+
+
+def test_unknown_policies_and_a_window_with_memory_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cache\.policy: 'echoo'"):
+        choose_policy(CacheShape(policy="echoo"))
+    with pytest.raises(ConfigError, match=r"cache\.memory"):
+        choose_policy(CacheShape(policy="window", memory=MemoryShape()))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path
+    preset = small_preset()
+    whole = {
+        f"{name}.{key}": value.contiguous()
+        for name, module in build_modules(preset).named().items()
+        for key, value in module.state_dict().items()
+    }
+    cpu = torch.device("cpu")
+    save_file(whole, folder / "whole")
+    assert load_modules(preset, folder / "whole", cpu).digest != "random"
+    cases = {
+        "missing": {k: v for k, v in whole.items() if k != "memory.query_init"},
+        "surplus": whole | {"dit.more": torch.zeros(1)},
+        "misshapen": whole | {"dit.head.modulation": torch.zeros(1, 2, 3)},
+        "surplus tensors": whole | {"other.more": torch.zeros(1)},
+    }
+    for reason, tensors in cases.items():
+        save_file(tensors, folder / "broken")
+        with pytest.raises(WeightsError, match=reason):
+            load_modules(preset, folder / "broken", cpu)
+    (folder / "cut").write_bytes((folder / "whole").read_bytes()[:200])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_modules(preset, folder / "cut", cpu)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_modules(preset, folder / "none", cpu)
