@@ -1,0 +1,296 @@
+"""The asynchronous client: create, steer and watch sessions, whatever happens to their replicas.
+
+    async with EchoClient("http://127.0.0.1:8000") as client:
+        session = await client.create("a red circle moves left on black")
+        async for segment in client.segments(session["id"], start=0, format="raw"):
+            ...
+
+Segments come by index, each once and in order, over as many connections as it takes; raw ones are
+checked against their digests. Needs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from echo_ray import wire
+from echo_ray.errors import EchoError, MessageError, UnavailableError
+
+MAX_SEGMENT_BYTES = 2**28
+FIRST_DELAY_S = 0.1
+MAX_DELAY_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One chunk of a stream."""
+
+    metadata: wire.ChunkMetadata
+    data: bytes
+
+    @property
+    def index(self) -> int:
+        return self.metadata.chunk_index
+
+
+class EchoClient:
+    """A connection to one service. Every refusal is raised as the `EchoError` that it is."""
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout_s: float = 30.0,
+        patience_s: float = 60.0,
+    ) -> None:
+        """`patience_s`: how long a stream tries to connect again before it gives up."""
+        self._url = url.rstrip("/")
+        self._patience_s = patience_s
+        self._http = httpx.AsyncClient(base_url=self._url, timeout=timeout_s)
+
+    async def __aenter__(self) -> EchoClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def create(
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        model: str | None = None,
+        pace: str | None = None,
+        on_idle: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Create a session; the service draws the seed if none is given."""
+        wish = {
+            "prompt": prompt,
+            "seed": seed,
+            "model": model,
+            "pace": pace,
+            "on_idle": on_idle,
+            "labels": dict(labels) if labels is not None else None,
+        }
+        body = {k: v for k, v in wish.items() if v is not None}
+        return await self._call("POST", "/v1/sessions", body)
+
+    async def get(self, session_id: str) -> dict[str, Any]:
+        return await self._call("GET", _path(session_id))
+
+    async def sessions(self) -> list[dict[str, Any]]:
+        """All sessions, oldest first."""
+        return list((await self._call("GET", "/v1/sessions"))["sessions"])
+
+    async def delete(self, session_id: str) -> None:
+        await self._call("DELETE", _path(session_id))
+
+    async def pause(self, session_id: str) -> dict[str, Any]:
+        return await self._call("POST", _path(session_id, "/pause"))
+
+    async def resume(self, session_id: str) -> dict[str, Any]:
+        return await self._call("POST", _path(session_id, "/resume"))
+
+    async def send_event(
+        self,
+        session_id: str,
+        prompt: str,
+        *,
+        event_id: str | None = None,
+        at_chunk: int | None = None,
+    ) -> int:
+        """Switch the prompt; returns the chunk where it takes effect, once that is durable."""
+        body: dict[str, Any] = {
+            "event_id": event_id or secrets.token_hex(16),
+            "event": {"prompt": prompt},
+        }
+        if at_chunk is not None:
+            body["at_chunk"] = at_chunk
+        answer = await self._call("POST", _path(session_id, "/events"), body)
+        return int(answer["effective_chunk"])
+
+    async def snapshots(self, session_id: str) -> list[dict[str, Any]]:
+        return list((await self._call("GET", _path(session_id, "/snapshots")))["snapshots"])
+
+    async def pin_snapshot(self, session_id: str) -> dict[str, Any]:
+        """Keep the latest point for ever; the answer says which it is."""
+        return await self._call("POST", _path(session_id, "/snapshots"))
+
+    async def segment(self, session_id: str, index: int, *, format: str = "raw") -> bytes:
+        """One past segment."""
+        path = _path(session_id, f"/segments/{index}")
+        return (await self._ask("GET", path, params={"format": format})).content
+
+    async def replicas(self) -> list[dict[str, Any]]:
+        return list((await self._call("GET", "/v1/admin/replicas"))["replicas"])
+
+    async def migrate(self, session_id: str, *, to: str | None = None) -> dict[str, Any]:
+        """Move a session to replica `to`, or to the best other one."""
+        path = f"/v1/admin/sessions/{session_id}/migrate"
+        return await self._call("POST", path, {"to": to} if to else {})
+
+    async def ready(self) -> bool:
+        """Whether the service answers and has a replica."""
+        try:
+            await self._call("GET", "/readyz")
+        except UnavailableError:
+            return False
+        return True
+
+    async def segments(
+        self,
+        session_id: str,
+        *,
+        start: int | None = None,
+        format: str = "raw",
+        on_message: Callable[[wire.Message], None] | None = None,
+    ) -> AsyncIterator[Segment]:
+        """Segments from index `start` (or the live edge), until the session ends.
+
+        Connects again by itself at the next index; `on_message` is told every other message.
+        Raises the service's refusal, `UnavailableError` after `patience_s` without a connection,
+        `MessageError` when the service repeats, skips or damages a segment.
+        """
+        reader = _Reader(format, start, on_message)
+        failed_since: float | None = None
+        delay_s = FIRST_DELAY_S
+        while True:
+            try:
+                async with connect(
+                    self._stream_url(session_id, reader), max_size=MAX_SEGMENT_BYTES
+                ) as socket:
+                    async for segment in reader.read(socket):
+                        failed_since, delay_s = None, FIRST_DELAY_S
+                        yield segment
+                return
+            except (OSError, WebSocketException, TimeoutError) as e:
+                reason = reader.refusal or UnavailableError(f"{self._url}: {e!r}")
+                if not _worth_a_retry(e, reader.refusal):
+                    raise reason from e
+            now = time.monotonic()
+            failed_since = failed_since or now
+            if now - failed_since > self._patience_s:
+                raise reason
+            await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
+            delay_s = min(MAX_DELAY_S, delay_s * 2)
+
+    def _stream_url(self, session_id: str, reader: _Reader) -> str:
+        query = f"?format={reader.format}"
+        if reader.next is not None:
+            query += f"&from={reader.next}"
+        return "ws" + self._url.removeprefix("http") + _path(session_id, "/stream") + query
+
+    async def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        answer = await self._ask(method, path, json=body)
+        data = answer.json() if answer.content else {}
+        if not isinstance(data, dict):
+            raise MessageError(f"{method} {path}: the answer is not a JSON object")
+        return data
+
+    async def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
+        try:
+            answer = await self._http.request(method, path, **given)
+        except httpx.HTTPError as e:
+            raise UnavailableError(f"{self._url} does not answer: {e!r}") from e
+        if answer.is_error:
+            raise _refusal(answer)
+        return answer
+
+
+class _Reader:
+    """What one stream has read, across its connections."""
+
+    def __init__(
+        self, format: str, start: int | None, on_message: Callable[[wire.Message], None] | None
+    ) -> None:
+        self.format = format
+        self.next = start
+        self.refusal: EchoError | None = None
+        self._tell = on_message
+
+    async def read(self, socket: ClientConnection) -> AsyncIterator[Segment]:
+        """Segments of one connection, each acknowledged when the next one is asked for."""
+        self.refusal = None
+        announced: wire.ChunkMetadata | None = None
+        async for received in socket:
+            if isinstance(received, bytes):
+                segment = self._checked(announced, received)
+                announced = None
+                yield segment
+                await socket.send(wire.encode(wire.Ack(chunk_index=segment.index)))
+                continue
+            message = wire.parse_server(received)
+            if isinstance(message, wire.ChunkMetadata):
+                announced = message
+                continue
+            if message is not None and self._tell is not None:
+                self._tell(message)
+            if isinstance(message, wire.Done):
+                return
+            if isinstance(message, wire.VideoStart) and self.next is None:
+                self.next = message.start
+            if isinstance(message, wire.ErrorMessage):
+                self.refusal = wire.error_from(json.loads(received))
+        raise ConnectionClosed(socket.protocol.close_rcvd, socket.protocol.close_sent)
+
+    def _checked(self, metadata: wire.ChunkMetadata | None, data: bytes) -> Segment:
+        if metadata is None:
+            raise MessageError(f"a segment of {len(data)} bytes came without its metadata")
+        index = metadata.chunk_index
+        if index != self.next:
+            raise MessageError(f"chunk {index} came where {self.next} was due")
+        if len(data) != metadata.byte_length:
+            raise MessageError(
+                f"chunk {index} has {len(data)} bytes; {metadata.byte_length} were announced"
+            )
+        if self.format == "raw" and hashlib.sha256(data).hexdigest() != metadata.digest:
+            raise MessageError(f"chunk {index} does not match its digest {metadata.digest}")
+        self.next = index + 1
+        return Segment(metadata, data)
+
+
+def _worth_a_retry(error: Exception, refusal: EchoError | None) -> bool:
+    if isinstance(error, InvalidStatus):
+        return error.response.status_code >= 500
+    if refusal is None:
+        return True
+    code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
+    return refusal.retryable or code not in (1008, 1009)
+
+
+def _refusal(answer: httpx.Response) -> EchoError:
+    try:
+        body = answer.json()
+    except ValueError:
+        body = None
+    error = body.get("error") if isinstance(body, dict) else None
+    if isinstance(error, dict):
+        return wire.error_from(error)
+    kind = UnavailableError if answer.status_code >= 500 else EchoError
+    return kind(f"{answer.request.url.path}: the service answered {answer.status_code}")
+
+
+def _path(session_id: str, rest: str = "") -> str:
+    return f"/v1/sessions/{session_id}{rest}"

@@ -1,0 +1,123 @@
+"""One router without Ray: its socket, its server, its front and its sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from echo_ray import __version__
+from echo_ray.clock import SystemClock
+from echo_ray.config import EchoConfig, HttpSection
+from echo_ray.errors import ConfigError, UnavailableError
+from echo_ray.preset import Preset, load_preset
+from echo_ray.serve.api import build_api
+from echo_ray.serve.front import Front
+from echo_ray.serve.sweep import sweep_forever
+from echo_ray.serve.telemetry import Telemetry
+from echo_ray.session.engine_port import StreamShape
+from echo_ray.storage.open import open_directory, open_snapshots
+
+BACKLOG = 1024
+STOP_S = 5.0
+
+
+def shape_of(preset: Preset) -> StreamShape:
+    """What viewers have to know of a preset's frames."""
+    return StreamShape(
+        model=preset.name,
+        fps=preset.fps,
+        width=preset.width,
+        height=preset.height,
+        frames_per_chunk=preset.frames_per_chunk,
+        first_chunk_frames=preset.first_chunk_frames,
+        point_every=preset.cache.point_every,
+    )
+
+
+def listen(http: HttpSection) -> socket.socket:
+    """A listening socket whose port other routers of the node may share."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    door = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        door.bind((http.host, http.port))
+        door.listen(BACKLOG)
+    except OSError as e:
+        door.close()
+        raise ConfigError(
+            f"http.host and http.port: cannot listen on {http.host}:{http.port}: {e.strerror or e}",
+            param="http.port",
+        ) from e
+    return door
+
+
+def web_server(app: FastAPI, http: HttpSection) -> uvicorn.Server:
+    """The HTTP and WebSocket server of an application."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_per_message_deflate=False,
+            # Twice what is accepted, so that most oversized messages are refused with a reason.
+            ws_max_size=2 * http.max_message_bytes,
+            timeout_graceful_shutdown=int(STOP_S),
+        )
+    )
+
+
+class RouterService:
+    """A running router; make it on the loop that is to serve."""
+
+    def __init__(self, front: Front, rng: random.Random) -> None:
+        self.front = front
+        self._door = listen(front.config.http)
+        self._server = web_server(build_api(front), front.config.http)
+        # The deployment's process is not the server's to stop.
+        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._door]))
+        self._sweeping = asyncio.create_task(sweep_forever(front, rng))
+
+    @property
+    def address(self) -> str:
+        """`host:port` that it listens on."""
+        host, port = self._door.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def check(self) -> None:
+        """Raise `UnavailableError` if a part of it has stopped."""
+        for name, task in (("server", self._serving), ("sweep", self._sweeping)):
+            if task.done():
+                raise UnavailableError(f"the router's {name} has stopped; replace this router")
+
+    async def stop(self) -> None:
+        """Send viewers elsewhere and close."""
+        self._sweeping.cancel()
+        await self.front.close()
+        self._server.should_exit = True
+        await asyncio.gather(self._serving, self._sweeping, return_exceptions=True)
+        self._door.close()
+
+
+def open_front(config: EchoConfig, rng: random.Random) -> Front:
+    """A router's front over the configured stores."""
+    clock = SystemClock()
+    telemetry = Telemetry()
+    telemetry.set("build_info", 1, version=__version__, role="router")
+    return Front(
+        config=config,
+        shape=shape_of(load_preset(config.model.preset)),
+        directory=open_directory(config.storage, clock),
+        snapshots=open_snapshots(config.storage),
+        clock=clock,
+        telemetry=telemetry,
+        rng=rng,
+    )
