@@ -1,8 +1,16 @@
-"""Stand-ins that tests hand to the code: time that moves only when told."""
+"""Stand-ins that tests hand to the code: time that moves only when told, an engine of hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
+from collections.abc import Sequence
+
+from echo_ray.errors import EngineError, PromptError, SnapshotForeign
+from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
+from echo_ray.session.engine_port import StreamShape
+from echo_ray.session.snapshot import Buffer, Snapshot
 
 
 class FakeClock:
@@ -26,3 +34,132 @@ class FakeClock:
         with self._lock:
             self._wall += seconds
             self._monotonic += seconds
+
+
+class FakeState:
+    """The state of a `FakeEngine` session: a hidden hash that every step folds on."""
+
+    def __init__(self, hidden: bytes, prompt: str, next_index: int, point_every: int) -> None:
+        self.hidden = hidden
+        self.prompt = prompt
+        self.next_index = next_index
+        self.broken = False
+        self._point_every = point_every
+
+    @property
+    def at_point(self) -> bool:
+        return self._point_every > 0 and self.next_index % self._point_every == 0
+
+
+class FakeEngine:
+    """An engine without a model: 8 x 8 frames that follow from seed, prompts and every step before.
+
+    `delay_s` is slept in each step. `failing` holds chunk indices whose next step fails, once each.
+    `fingerprint` changes the bits, as another kind of device would.
+    """
+
+    def __init__(
+        self,
+        *,
+        point_every: int = 4,
+        fps: int = 16,
+        frames_per_chunk: int = 4,
+        delay_s: float = 0.0,
+        fingerprint: str = "fake",
+        refuses: str = "refused",
+    ) -> None:
+        self.shape = StreamShape(
+            model="echo-tiny",
+            fps=fps,
+            width=8,
+            height=8,
+            frames_per_chunk=frames_per_chunk,
+            first_chunk_frames=1,
+            point_every=point_every,
+        )
+        self.fingerprint = fingerprint
+        self.delay_s = delay_s
+        self.refuses = refuses
+        self.failing: list[int] = []
+        self.stepped: list[int] = []
+        self.loaded: list[int] = []
+        self.may_step = threading.Event()
+        self.may_step.set()
+
+    def open(self, prompt: str, seed: int) -> FakeState:
+        if prompt == self.refuses:
+            raise PromptError(f"prompt {prompt!r} is refused by the fake engine")
+        return FakeState(_hash(b"open", prompt, seed), prompt, 0, self.shape.point_every)
+
+    def step(self, state: FakeState, prompts: Sequence[str] = ()) -> Chunk:
+        if not self.may_step.wait(30) or state.broken:
+            raise EngineError("the state is broken by an earlier failure")
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        index = state.next_index
+        self.stepped.append(index)
+        if index in self.failing:
+            self.failing.remove(index)
+            state.broken = True
+            raise EngineError(f"chunk {index} fails, as it was told to")
+        for prompt in prompts:
+            state.prompt = prompt
+            state.hidden = _hash(b"switch", state.hidden, prompt)
+        state.hidden = _hash(b"step", state.hidden, index)
+        state.next_index += 1
+        if state.at_point:
+            state.hidden = _hash(b"point", state.hidden)
+        count = self.shape.frames_in(index)
+        frames = b"".join(
+            hashlib.shake_256(_hash(state.hidden, self.fingerprint, n)).digest(8 * 8 * 3)
+            for n in range(count)
+        )
+        return Chunk(
+            index=index,
+            frames=frames,
+            num_frames=count,
+            height=8,
+            width=8,
+            digest=frames_digest(frames),
+            drift=DriftReading(index / 100),
+            prompt=state.prompt,
+            stage_seconds={"denoise": self.delay_s, "decode": 0.0},
+        )
+
+    def save(self, state: FakeState) -> Snapshot:
+        if not state.at_point or state.broken:
+            raise EngineError(f"chunk {state.next_index} is no point")
+        return Snapshot(
+            self.fingerprint,
+            {"prompt": state.prompt, "next_index": state.next_index},
+            {"hidden": Buffer("uint8", (32,), state.hidden)},
+        )
+
+    def load(self, snapshot: Snapshot) -> FakeState:
+        if snapshot.fingerprint != self.fingerprint:
+            raise SnapshotForeign(f"snapshot of {snapshot.fingerprint!r}, not {self.fingerprint!r}")
+        header = snapshot.header
+        self.loaded.append(header["next_index"])
+        return FakeState(
+            snapshot.tensors["hidden"].data,
+            header["prompt"],
+            header["next_index"],
+            self.shape.point_every,
+        )
+
+
+def build_fake_engine(section: object) -> FakeEngine:
+    """The factory for replicas in processes of their own."""
+    return FakeEngine(delay_s=0.01)
+
+
+def undisturbed(
+    engine: FakeEngine, prompt: str, seed: int, chunks: int, switches: dict[int, list[str]]
+) -> list[str]:
+    """Digests of a run that nothing interrupts; `switches`: prompts by chunk."""
+    state = engine.open(prompt, seed)
+    return [engine.step(state, switches.get(n, ())).digest for n in range(chunks)]
+
+
+def _hash(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()

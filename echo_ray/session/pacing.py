@@ -1,0 +1,124 @@
+"""Which session to work on next on one device, and when: the one that will stall first goes first.
+
+Realtime sessions have a playout clock, which starts with the first chunk published after a start or
+a resume. Chunk n is due when playout reaches it, and may be made from `lead` earlier on. Chunks
+nobody asked for (`want`) are not made at all. Sessions of pace `max` have no due time: they take
+what realtime sessions leave, in turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from echo_ray.session.records import OnIdle, Pace
+
+NEVER_DUE_S = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Playout:
+    """When the media of a session plays, by the owner's monotonic clock."""
+
+    origin_s: float
+    """The time at which media second 0 would have played."""
+
+    @classmethod
+    def begins(cls, now_s: float, start_s: float) -> Playout:
+        """The clock of a session whose chunk with media time `start_s` begins to play now."""
+        return cls(now_s - start_s)
+
+    def due_s(self, start_s: float) -> float:
+        """When the chunk with media time `start_s` has to be there."""
+        return self.origin_s + start_s
+
+    def after_publishing(self, now_s: float, start_s: float) -> Playout:
+        """The clock after a chunk was published: a late one moves it, for viewers stalled too.
+
+        Without the shift a session that was late once would be hurried for ever after.
+        """
+        return Playout(max(self.origin_s, now_s - start_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One session's claim on the device: from when it may be worked on, and by when it must be."""
+
+    session_id: str
+    ready_s: float
+    due_s: float
+    served_s: float
+    """When it had the device last; decides between equals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Work on `session_id` now, or, if that is None, wait until `wake_s` (None: until told)."""
+
+    session_id: str | None
+    wake_s: float | None
+
+
+def choose(turns: Iterable[Turn], now_s: float) -> Choice:
+    """The session to work on at `now_s`: least slack first, then least recently served."""
+    best: Turn | None = None
+    wake_s: float | None = None
+    for turn in turns:
+        if turn.ready_s > now_s:
+            wake_s = turn.ready_s if wake_s is None else min(wake_s, turn.ready_s)
+        elif best is None or _order(turn) < _order(best):
+            best = turn
+    if best is not None:
+        return Choice(best.session_id, None)
+    return Choice(None, wake_s)
+
+
+def _order(turn: Turn) -> tuple[float, float, str]:
+    return turn.due_s, turn.served_s, turn.session_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What one session's next chunk depends on."""
+
+    pace: Pace
+    index: int
+    start_s: float
+    """Media time at which the chunk begins."""
+    want: int | None
+    """Chunks below this index may be made. None: as many as time asks for."""
+    waiting_since_s: float
+    """Since when the session waits for its first chunk; its due time until playout begins."""
+
+
+def next_chunk(
+    demand: Demand, playout: Playout | None, *, lead_s: float
+) -> tuple[float, float] | None:
+    """(ready, due) of a session's next chunk, or None while nobody wants it."""
+    if demand.want is not None and demand.index >= demand.want:
+        return None
+    # With nobody to hold it back, a session of pace `max` would take the device for itself.
+    if demand.pace is Pace.MAX and demand.want is not None:
+        return -math.inf, NEVER_DUE_S
+    if playout is None:
+        return -math.inf, demand.waiting_since_s
+    due_s = playout.due_s(demand.start_s)
+    return due_s - lead_s, due_s
+
+
+def wanted(reader_wants: Iterable[int], on_idle: OnIdle) -> int | None:
+    """The bound that a session's readers set together; without readers, what `on_idle` says."""
+    wants = list(reader_wants)
+    if wants:
+        return max(wants)
+    return None if on_idle is OnIdle.CONTINUE else 0
+
+
+def idle_verdict(
+    on_idle: OnIdle, idle_since_s: float | None, now_s: float, grace_s: float
+) -> OnIdle | None:
+    """What to do with a session that has had no reader since `idle_since_s`; None: nothing yet."""
+    if idle_since_s is None or on_idle is OnIdle.CONTINUE:
+        return None
+    return on_idle if now_s - idle_since_s >= grace_s else None
