@@ -1,0 +1,298 @@
+"""The sessions of one replica: lets them in under a valid epoch, runs them, gives them up.
+
+Knows nothing of Ray and of sockets. Every public method may block on a store; call it from a
+thread, never from an event loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from echo_ray.clock import Clock
+from echo_ray.config import EchoConfig
+from echo_ray.errors import (
+    CapacityError,
+    Draining,
+    EchoError,
+    Fenced,
+    SegmentBeyondEnd,
+    SessionClosed,
+)
+from echo_ray.serve.accounts import ProgressAccounts
+from echo_ray.serve.fetch import Fetcher
+from echo_ray.serve.lease_keeper import LeaseKeeper
+from echo_ray.serve.progress import Bench, Progress
+from echo_ray.serve.runner import SessionRunner
+from echo_ray.serve.snapshot_writer import SnapshotWriter
+from echo_ray.serve.stepper import Stepper
+from echo_ray.serve.telemetry import Telemetry
+from echo_ray.session.capacity import free_slots
+from echo_ray.session.engine_port import Engine
+from echo_ray.session.lease import LeaseView
+from echo_ray.session.records import Lease, ReplicaRecord, SessionRecord, SessionState
+from echo_ray.storage.interface import Directory, SnapshotStore
+
+ENGINE_STUCK_S = 30.0
+"""An engine that is at one piece of work for this long is taken for hung."""
+
+
+class SessionHost:
+    """Sessions, and the threads that work for them."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: str,
+        node_id: str,
+        pid: int,
+        build_engine: Callable[[], Engine],
+        open_directory: Callable[[], Directory],
+        store: SnapshotStore,
+        config: EchoConfig,
+        telemetry: Telemetry,
+        clock: Clock,
+        warm_up_chunks: int = 0,
+    ) -> None:
+        self.replica_id = replica_id
+        self.config = config
+        self.telemetry = telemetry
+        self.clock = clock
+        self.address = ""
+        """Where the data socket listens; no heartbeat is sent before it is known."""
+        self._node_id, self._pid = node_id, pid
+        self._store = store
+        self._accounts = ProgressAccounts(telemetry)
+        self._changed = threading.Condition(threading.RLock())
+        self._sessions: dict[str, tuple[SessionRunner, Progress]] = {}
+        self._draining = False
+        # One for callers, snapshots and reading back, one for the engine thread, and one for the
+        # leases alone, so that nothing slow is ever in front of a renewal.
+        self._directories = [open_directory() for _ in range(3)]
+        self._directory = self._directories[0]
+        self._fetchers = ThreadPoolExecutor(2, thread_name_prefix="fetch")
+        self._stepper = Stepper(
+            build_engine, clock=clock, changed=self._changed, warm_up_chunks=warm_up_chunks
+        )
+        self.engine = self._stepper.start()
+        if self._stepper.warm_up_seconds > 0:
+            self._accounts.measured(self._stepper.warm_up_seconds)
+        self._bench = self._make_bench()
+        self._keeper = self._make_keeper()
+
+    def _make_bench(self) -> Bench:
+        session = self.config.session
+        fetcher = Fetcher(
+            directory=self._directory,
+            store=self._store,
+            telemetry=self.telemetry,
+            clock=self.clock,
+            limit_chunks=session.retention_chunks,
+            limit_bytes=self.config.storage.snapshot_limit_bytes,
+        )
+        return Bench(
+            engine=self.engine,
+            directory=self._directories[1],
+            fetch=fetcher.fetch,
+            fetchers=self._fetchers,
+            writer=SnapshotWriter(
+                self._directory,
+                self._store,
+                self._accounts,
+                self.clock,
+                kept=session.snapshots_kept,
+            ),
+            accounts=self._accounts,
+            clock=self.clock,
+        )
+
+    def _make_keeper(self) -> LeaseKeeper:
+        return LeaseKeeper(
+            self._directories[2],
+            runners=self.runners,
+            drop=self._drop,
+            record=self.record,
+            may_renew=self.healthy,
+            accounts=self._accounts,
+            telemetry=self.telemetry,
+            clock=self.clock,
+            ttl_s=self.config.session.lease_ttl_s,
+            renew_s=self.config.session.lease_renew_s,
+        )
+
+    def start(self, address: str) -> None:
+        """Begin to work and to be seen; the data socket listens at `address`."""
+        self.address = address
+        self._bench.writer.start()
+        self._stepper.serve(self._progresses)
+        self._keeper.tick()
+        self._keeper.start()
+
+    # Looking
+
+    def runners(self) -> list[SessionRunner]:
+        """Sessions that are here, ended ones until they are swept away."""
+        with self._changed:
+            return [runner for runner, _ in self._sessions.values()]
+
+    def _progresses(self) -> list[Progress]:
+        return [progress for _, progress in self._sessions.values()]
+
+    def healthy(self) -> bool:
+        """Whether the engine thread lives and gets on."""
+        return self._stepper.alive and self._stepper.busy_s() < ENGINE_STUCK_S
+
+    def alive(self) -> bool:
+        """Whether all threads of the replica live and get on."""
+        return self.healthy() and self._keeper.alive
+
+    def record(self) -> ReplicaRecord:
+        """What this replica says of itself."""
+        owned = [r for r in self.runners() if not r.shadow and r.ended is None]
+        shape, measured = self.engine.shape, self._accounts.chunk_seconds
+        return ReplicaRecord(
+            id=self.replica_id,
+            node_id=self._node_id,
+            pid=self._pid,
+            address=self.address,
+            state="draining" if self._draining else "ready",
+            model=shape.model,
+            sessions=tuple(sorted(r.session_id for r in owned)),
+            chunk_seconds=measured,
+            free_slots=0
+            if self._draining
+            else free_slots(
+                chunk_seconds=measured,
+                chunk_s=shape.chunk_s,
+                sessions=len(owned),
+                limit=self.config.limits.sessions_per_replica,
+            ),
+        )
+
+    # Letting in
+
+    def own(self, session_id: str, epoch: int, start: int | None = None) -> SessionRunner:
+        """The session under `epoch`, started here if it was not; `start`: first chunk needed.
+
+        Raises `Fenced` unless this replica owns the session under exactly that epoch,
+        `SegmentBeyondEnd` if `start` lies beyond the next chunk, `CapacityError`, `Draining`.
+        """
+        ttl_s = self.config.session.lease_ttl_s
+        sent_s = self.clock.monotonic()
+        record = self._directory.get(session_id)
+        lease = Lease(session_id, self.replica_id, epoch)
+        if record.state is SessionState.CLOSED:
+            raise SessionClosed(f"session {session_id!r} is closed", param="session_id")
+        # Renewing proves the ownership and starts the own count of the lease's time.
+        if record.epoch != epoch or self._directory.renew([lease], ttl_s=ttl_s):
+            raise Fenced(
+                f"session {session_id!r}: {self.replica_id!r} does not own it under epoch {epoch}; "
+                f"the epoch is {record.epoch} and the owner {record.owner!r}",
+                param="epoch",
+            )
+        if start is not None and start > record.next_index:
+            raise SegmentBeyondEnd(
+                f"from={start} lies beyond the next chunk, {record.next_index}", param="from"
+            )
+        return self._let_in(record, LeaseView(lease, ttl_s, sent_s), start)
+
+    def prepare(self, session_id: str) -> SessionRunner:
+        """The session followed as a shadow, or as it runs here already."""
+        record = self._directory.get(session_id)
+        if record.state is SessionState.CLOSED:
+            raise SessionClosed(f"session {session_id!r} is closed", param="session_id")
+        return self._let_in(record, None, None)
+
+    def _let_in(
+        self, record: SessionRecord, lease: LeaseView | None, start: int | None
+    ) -> SessionRunner:
+        with self._changed:
+            here = self._sessions.get(record.id)
+            runner = here[0] if here else None
+            if runner is not None and runner.ended is None and not runner.releasing:
+                held = runner.lease
+                if lease is None:
+                    return runner
+                if held is not None and held.lease == lease.lease:
+                    runner.renewed(lease.lease, lease.sent_s)
+                    return runner
+                if held is None or held.lease.epoch < lease.lease.epoch:
+                    runner.adopt(lease, record, start)
+                    return runner
+                raise Fenced(
+                    f"session {record.id!r} runs here under the newer epoch {held.lease.epoch}"
+                )
+            self._check_room(record.id)
+            runner = self._new_runner(record, lease, start)
+            self._sessions[record.id] = (runner, Progress(runner, self._bench))
+            self._changed.notify_all()
+            return runner
+
+    def _check_room(self, session_id: str) -> None:
+        if self._draining:
+            raise Draining(f"replica {self.replica_id!r} is draining and takes no sessions")
+        limit = self.config.limits.sessions_per_replica
+        others = [r for r in self.runners() if r.ended is None and r.session_id != session_id]
+        if len(others) >= limit:
+            raise CapacityError(
+                f"replica {self.replica_id!r} runs {len(others)} sessions; "
+                f"limits.sessions_per_replica is {limit}",
+                retry_after_s=self.engine.shape.chunk_s,
+            )
+
+    def _new_runner(
+        self, record: SessionRecord, lease: LeaseView | None, start: int | None
+    ) -> SessionRunner:
+        return SessionRunner(
+            record,
+            lease,
+            needed=start,
+            shape=self.engine.shape,
+            config=self.config.session,
+            clock=self.clock,
+            changed=self._changed,
+        )
+
+    def _drop(self, runner: SessionRunner) -> None:
+        with self._changed:
+            here = self._sessions.get(runner.session_id)
+            if here is not None and here[0] is runner:
+                del self._sessions[runner.session_id]
+
+    # Giving up
+
+    def drain(self) -> None:
+        """Take no sessions any more, and give up those that are here at a chunk boundary."""
+        with self._changed:
+            self._draining = True
+        for runner in self.runners():
+            if runner.shadow:
+                runner.end(Draining(f"replica {self.replica_id!r} is draining"))
+            else:
+                runner.retire(SessionState.LIVE, going_away=True)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Give up every session, say goodbye, stop all threads."""
+        self.drain()
+        deadline_s = self.clock.monotonic() + timeout_s
+        with self._changed:
+            while any(r.ended is None for r, _ in self._sessions.values()):
+                left_s = deadline_s - self.clock.monotonic()
+                if left_s <= 0 or not self._changed.wait(left_s):
+                    break
+        self.stop(timeout_s)
+        try:
+            self._directory.remove_replica(self.replica_id)
+        except EchoError as error:
+            # Its heartbeat runs out by itself.
+            self._accounts.store_failed("", "goodbye", error)
+        for directory in self._directories:
+            directory.close()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop all threads where they stand, giving nothing up."""
+        self._keeper.stop(timeout_s)
+        self._stepper.stop(timeout_s)
+        self._bench.writer.stop(timeout_s)
+        self._fetchers.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,142 @@
+"""GeneratorReplica: one device under Ray Serve. It places and restarts; the work is the host's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import ray
+from ray import serve
+
+from echo_ray import __version__
+from echo_ray.clock import Clock, SystemClock
+from echo_ray.config import EchoConfig, ModelSection, from_mapping
+from echo_ray.errors import ConfigError, UnavailableError
+from echo_ray.serve.data_socket import DataSocket
+from echo_ray.serve.door import Door
+from echo_ray.serve.host import SessionHost
+from echo_ray.serve.telemetry import Telemetry, log_as_json
+from echo_ray.session.engine_port import Engine
+from echo_ray.storage.interface import Directory, SnapshotStore
+from echo_ray.storage.open import open_directory, open_snapshots
+
+ENGINE = "echo_ray.engine.engine:build_engine"
+WARM_UP_CHUNKS = 3
+CLOSE_S = 5.0
+"""How long a replica that stops waits for its sessions' chunks and snapshots."""
+BuildEngine = Callable[[ModelSection], Engine]
+
+
+def engine_factory(path: str) -> BuildEngine:
+    """The function that `module:name` names. Raises `ConfigError`."""
+    module, _, name = path.partition(":")
+    try:
+        return cast(BuildEngine, getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"engine_factory {path!r}: cannot be imported ({error}); write module:function"
+        ) from error
+
+
+class Generator:
+    """One device with its sessions and its data socket: all of a replica but Ray."""
+
+    def __init__(
+        self,
+        config: EchoConfig,
+        *,
+        replica_id: str,
+        node_id: str,
+        ip: str,
+        build_engine: BuildEngine,
+        directory: Callable[[], Directory],
+        store: SnapshotStore,
+        clock: Clock,
+        warm_up_chunks: int = 0,
+    ) -> None:
+        self.telemetry = Telemetry()
+        self.telemetry.set("build_info", 1, version=__version__, role="generator")
+        self.host = SessionHost(
+            replica_id=replica_id,
+            node_id=node_id,
+            pid=os.getpid(),
+            build_engine=partial(build_engine, config.model),
+            open_directory=directory,
+            store=store,
+            config=config,
+            telemetry=self.telemetry,
+            clock=clock,
+            warm_up_chunks=warm_up_chunks,
+        )
+        self._socket = DataSocket(self.host)
+        self._door = Door(self._socket.app, ip)
+        self.address = self._door.address
+
+    def start(self) -> None:
+        """Open the door, then tell the directory."""
+        self._door.start()
+        self.host.start(self.address)
+
+    def check(self) -> None:
+        """Raise `UnavailableError` unless every thread lives and gets on."""
+        if not (self._door.alive and self.host.alive()):
+            raise UnavailableError(f"replica {self.host.replica_id!r}: a thread is dead or hangs")
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Give every session up at a chunk boundary, then shut the door."""
+        self.host.close(timeout_s)
+        self._door.stop()
+        self._socket.close()
+
+    def abandon(self) -> None:
+        """Stop without a word, as a process that dies: nothing is released."""
+        self._door.stop()
+        self._socket.close()
+        self.host.stop()
+
+
+@serve.deployment(
+    num_replicas=1,
+    ray_actor_options={"num_cpus": 1},
+    health_check_period_s=1.0,
+    health_check_timeout_s=3.0,
+    graceful_shutdown_timeout_s=CLOSE_S + 3,
+    graceful_shutdown_wait_loop_s=0.2,
+)
+class GeneratorReplica:
+    """The Serve deployment. `companions` are deployments that belong to the application."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *companions: object,
+        engine: str = ENGINE,
+        warm_up_chunks: int = WARM_UP_CHUNKS,
+    ) -> None:
+        settings = from_mapping(EchoConfig, config)
+        clock = SystemClock()
+        log_as_json()
+        self._generator = Generator(
+            settings,
+            replica_id=serve.get_replica_context().replica_tag,
+            node_id=ray.get_runtime_context().get_node_id(),
+            ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            build_engine=engine_factory(engine),
+            directory=lambda: open_directory(settings.storage, clock),
+            store=open_snapshots(settings.storage),
+            clock=clock,
+            warm_up_chunks=warm_up_chunks,
+        )
+        self._generator.start()
+
+    def check_health(self) -> None:
+        """Called by Serve; raises when this replica should be replaced."""
+        self._generator.check()
+
+    def __del__(self) -> None:
+        generator = getattr(self, "_generator", None)
+        if generator is not None:
+            generator.close(CLOSE_S)

@@ -1,0 +1,236 @@
+"""Every metric of the service in one table, and the JSON log lines.
+
+Metrics live on a registry object per process, handed to whoever measures; there is no global one.
+Labels are bounded words, never a session, a viewer, a prompt or an error text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from echo_ray.errors import ConfigError
+
+PREFIX = "echo_ray_"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+LOGGER = "echo_ray"
+
+_CHUNK_S = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
+_RATIO = (0.05, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
+_START_S = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 40.0)
+_SCORE = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)
+_BYTES = tuple(float(64 * 1024 * 4**i) for i in range(9))
+_IO_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One row of the table; `name` without the prefix and without a counter's `_total`."""
+
+    name: str
+    kind: str
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def series(self) -> str:
+        """The name as it is scraped."""
+        return f"{PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+
+TABLE: tuple[MetricSpec, ...] = (
+    MetricSpec("frames_generated", "counter", "frames", "Frames committed; the rate is FPS."),
+    MetricSpec("video_seconds_generated", "counter", "seconds", "Media time committed."),
+    MetricSpec(
+        "generation_busy_seconds", "counter", "seconds", "Engine time of new chunks.", ("stage",)
+    ),
+    MetricSpec("chunks", "counter", "chunks", "Chunks committed.", ("on_time",)),
+    MetricSpec("frames_per_second", "gauge", "frames", "Frames of the latest chunk per second."),
+    MetricSpec(
+        "chunk_realtime_factor_ratio",
+        "histogram",
+        "ratio",
+        "Compute time over media time of a chunk; below 1 is faster than playout.",
+        buckets=_RATIO,
+    ),
+    MetricSpec(
+        "chunk_latency_seconds",
+        "histogram",
+        "seconds",
+        "Time of a chunk, by stage; stage `total` is the whole step.",
+        ("stage",),
+        _CHUNK_S,
+    ),
+    MetricSpec("encode_seconds", "histogram", "seconds", "Encoding.", ("format",), _IO_S),
+    MetricSpec(
+        "time_to_first_chunk_seconds",
+        "histogram",
+        "seconds",
+        "From a session's arrival here to its first published chunk.",
+        ("start",),
+        _START_S,
+    ),
+    MetricSpec("stalls", "counter", "stalls", "Chunks published after playout needed them."),
+    MetricSpec("stall_seconds", "counter", "seconds", "How late those chunks were."),
+    MetricSpec("sessions", "gauge", "sessions", "Sessions of this process.", ("state",)),
+    MetricSpec("session_slots", "gauge", "sessions", "Further realtime sessions with room."),
+    MetricSpec("drift_score", "histogram", "score", "Drift of each new chunk.", (), _SCORE),
+    MetricSpec("drift_flags", "counter", "chunks", "Chunks flagged by the meter.", ("flag",)),
+    MetricSpec("snapshots", "counter", "snapshots", "Snapshots attempted.", ("outcome",)),
+    MetricSpec(
+        "snapshot_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time to write or read a snapshot.",
+        ("op",),
+        _IO_S,
+    ),
+    MetricSpec("snapshot_size_bytes", "histogram", "bytes", "Size at rest.", (), _BYTES),
+    MetricSpec(
+        "oldest_snapshot_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "Oldest of the newest snapshots of live sessions; age is time() minus this.",
+    ),
+    MetricSpec("session_resumes", "counter", "sessions", "Sessions taken over.", ("outcome",)),
+    MetricSpec(
+        "resume_duration_seconds",
+        "histogram",
+        "seconds",
+        "From a session's arrival here to the end of its replay.",
+        (),
+        _START_S,
+    ),
+    MetricSpec("replayed_chunks", "counter", "chunks", "Chunks made again to catch up."),
+    MetricSpec("digest_mismatches", "counter", "chunks", "Replayed chunks that differ."),
+    MetricSpec("fenced_writes", "counter", "writes", "Writes refused: a newer epoch owns it."),
+    MetricSpec("leases_lost", "counter", "leases", "Leases lost or run out.", ("reason",)),
+    MetricSpec("engine_failures", "counter", "steps", "Engine steps or loads that failed."),
+    MetricSpec("store_errors", "counter", "calls", "Store calls that failed.", ("op",)),
+    MetricSpec("readers", "gauge", "readers", "Open pulls on this replica."),
+    MetricSpec("viewers", "gauge", "viewers", "Viewers of this router.", ("transport",)),
+    MetricSpec("bytes_sent", "counter", "bytes", "Segment bytes sent.", ("format",)),
+    MetricSpec("failovers", "counter", "sessions", "Owners given up by this router.", ("cause",)),
+    MetricSpec(
+        "failover_seconds",
+        "histogram",
+        "seconds",
+        "From giving an owner up to the next chunk of another.",
+        (),
+        _START_S,
+    ),
+    MetricSpec("migrations", "counter", "sessions", "Planned moves.", ("outcome",)),
+    MetricSpec("requests", "counter", "requests", "HTTP requests.", ("route", "status")),
+    MetricSpec(
+        "admission_rejections", "counter", "requests", "Sessions not admitted.", ("reason",)
+    ),
+    MetricSpec("build_info", "gauge", "1", "What runs here; always 1.", ("version", "role")),
+)
+
+_Metric = Counter | Gauge | Histogram
+
+
+class Telemetry:
+    """The metrics of one process, by the names of the table."""
+
+    def __init__(self, table: tuple[MetricSpec, ...] = TABLE) -> None:
+        self.registry = CollectorRegistry()
+        self._specs: Mapping[str, MetricSpec] = {spec.name: spec for spec in table}
+        self._metrics: dict[str, _Metric] = {spec.name: self._built(spec) for spec in table}
+
+    def _built(self, spec: MetricSpec) -> _Metric:
+        name = PREFIX + spec.name
+        if spec.kind == "counter":
+            return Counter(name, spec.help, spec.labels, registry=self.registry)
+        if spec.kind == "gauge":
+            return Gauge(name, spec.help, spec.labels, registry=self.registry)
+        if spec.kind == "histogram":
+            return Histogram(
+                name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
+            )
+        raise ConfigError(f"metric {spec.name}: kind {spec.kind!r}: counter, gauge or histogram")
+
+    def count(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+        metric = self._find(name, labels)
+        if not isinstance(metric, Counter):
+            raise self._wrong_kind(name, "counter")
+        metric.inc(amount)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        metric = self._find(name, labels)
+        if not isinstance(metric, Gauge):
+            raise self._wrong_kind(name, "gauge")
+        metric.set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        metric = self._find(name, labels)
+        if not isinstance(metric, Histogram):
+            raise self._wrong_kind(name, "histogram")
+        metric.observe(value)
+
+    def value(self, series: str, **labels: str) -> float:
+        """The present value of a scraped series, 0 if it does not exist yet."""
+        return self.registry.get_sample_value(series, labels) or 0.0
+
+    def render(self) -> bytes:
+        """The body of `/metrics`."""
+        return generate_latest(self.registry)
+
+    def _find(self, name: str, labels: Mapping[str, str]) -> _Metric:
+        metric = self._metrics.get(name)
+        if metric is None:
+            raise ConfigError(f"metric {name!r} is not in the table of telemetry.py; add it there")
+        spec = self._specs[name]
+        if set(labels) != set(spec.labels):
+            raise ConfigError(f"metric {name}: labels {sorted(labels)}, not {sorted(spec.labels)}")
+        return metric.labels(**labels) if labels else metric
+
+    def _wrong_kind(self, name: str, kind: str) -> ConfigError:
+        return ConfigError(f"metric {name} is a {self._specs[name].kind}, not a {kind}")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the fields of the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", None)
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **(fields if isinstance(fields, dict) else {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+def log(level: int, event: str, *, failure: BaseException | None = None, **fields: object) -> None:
+    """Write one log line; `failure` adds its traceback."""
+    logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=failure)
+
+
+def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Send this process's log lines to `stream` (standard error) as JSON; repeating it is safe."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger(LOGGER)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
