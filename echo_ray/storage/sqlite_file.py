@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 # Reading every page at the start is worth its time only while it takes well under a second.
 _CHECKED_BYTES = 64 * 2**20
+_SMALLEST_BYTES = 512
 _PROBE_BYTES = 64 * 1024
 _OPEN_PAUSE_S = 0.02
 _RETRY_OPEN = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -123,6 +124,10 @@ def _prepared(path: Path, schema: str, busy_timeout_s: float, *, final: bool) ->
 
 
 def _prepare(path: Path, schema: str, busy_timeout_s: float) -> None:
+    # SQLite would take so short a file for an empty one and write over it. Only its size is looked
+    # at: opening and closing it would drop the locks that this process holds on it elsewhere.
+    if path.exists() and 0 < path.stat().st_size < _SMALLEST_BYTES:
+        raise StoreCorrupt(f"{path}: not a SQLite database; {_REMEDY}")
     connection = _connect(path, busy_timeout_s)
     try:
         version = _check_ours(connection, path)
