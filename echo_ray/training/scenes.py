@@ -1,0 +1,126 @@
+"""Scenes of coloured shapes as plain arrays, and their rendering to pixels.
+
+Knows nothing of captions, clips or models. A frame is a background and up to O objects; every
+quantity is an array over frames and objects, so a whole batch is drawn in a few passes.
+
+Shapes: T frames, O objects, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.10, 0.75, 0.20),
+    "blue": (0.15, 0.35, 0.98),
+    "yellow": (0.97, 0.87, 0.10),
+    "magenta": (0.87, 0.15, 0.85),
+    "cyan": (0.10, 0.85, 0.90),
+}
+BACKGROUNDS: dict[str, tuple[float, float, float]] = {
+    "black": (0.03, 0.03, 0.03),
+    "white": (0.96, 0.96, 0.96),
+    "gray": (0.50, 0.50, 0.50),
+    "blue": (0.07, 0.10, 0.36),
+}
+SHAPES = ("ball", "square", "triangle")
+RADII: dict[str, float] = {"small": 8.0, "big": 13.0}
+SPEEDS: dict[str, float] = {"slowly": 0.7, "quickly": 1.7}
+"""Pixels a frame."""
+
+COLOUR_RGB: Floats = np.array(list(COLOURS.values()), dtype=np.float32)
+BACKGROUND_RGB: Floats = np.array(list(BACKGROUNDS.values()), dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """What is to be seen in each of T frames; colours, shapes and backgrounds by index."""
+
+    background_T: Ints
+    x_TO: Floats
+    y_TO: Floats
+    radius_TO: Floats
+    colour_TO: Ints
+    shape_TO: Ints
+    visible_TO: Bools
+
+
+def bounce(start: Floats, step: Floats, frames: int, low: Floats, high: Floats) -> Floats:
+    """Positions [frames, ...] of a constant speed reflected between two walls."""
+    time = np.arange(frames, dtype=np.float32).reshape(-1, *([1] * start.ndim))
+    span = high - low
+    phase = np.mod(start - low + step * time, 2 * span)
+    return np.asarray(low + span - np.abs(phase - span), dtype=np.float32)
+
+
+def coverage(shape: int, dx: Floats, dy: Floats, radius: Floats) -> Floats:
+    """How much of each pixel a shape covers, 0 to 1, with soft edges of one pixel."""
+    if SHAPES[shape] == "ball":
+        distance = np.sqrt(dx * dx + dy * dy) - radius
+    elif SHAPES[shape] == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * radius
+    else:
+        slope = 0.8944271 * np.abs(dx) - 0.4472136 * dy
+        distance = np.maximum(dy - 0.85 * radius, slope - 0.4472136 * radius)
+    return np.asarray(np.clip(0.5 - distance, 0.0, 1.0), dtype=np.float32)
+
+
+def render(frames: Frames, height: int, width: int) -> tuple[Floats, Floats]:
+    """Pixels [T, 3, H, W] in [0, 1] and the share of each that objects cover [T, H, W]."""
+    total, objects = frames.x_TO.shape
+    ys = np.arange(height, dtype=np.float32)[None, :, None] + 0.5
+    xs = np.arange(width, dtype=np.float32)[None, None, :] + 0.5
+    picture = np.broadcast_to(
+        BACKGROUND_RGB[frames.background_T][:, :, None, None], (total, 3, height, width)
+    ).copy()
+    covered = np.zeros((total, height, width), dtype=np.float32)
+    for o in range(objects):
+        for shape in range(len(SHAPES)):
+            rows = np.flatnonzero(frames.visible_TO[:, o] & (frames.shape_TO[:, o] == shape))
+            if not rows.size:
+                continue
+            dx = xs - frames.x_TO[rows, o][:, None, None]
+            dy = ys - frames.y_TO[rows, o][:, None, None]
+            alpha = coverage(shape, dx, dy, frames.radius_TO[rows, o][:, None, None])
+            rgb = COLOUR_RGB[frames.colour_TO[rows, o]][:, :, None, None]
+            picture[rows] += alpha[:, None] * (rgb - picture[rows])
+            covered[rows] = np.maximum(covered[rows], alpha)
+    return picture, covered
+
+
+def random_groups(rng: np.random.Generator, groups: int, stride: int, size: int) -> Frames:
+    """Short runs of `stride` frames for the codec: none to two objects each, some at rest."""
+    objects = 2
+    shape = (groups, objects)
+    radius = rng.choice(np.array(list(RADII.values()), dtype=np.float32), shape)
+    speed = rng.uniform(0.0, 2.2, shape) * (rng.random((groups, 1)) > 0.15)
+    angle = rng.uniform(0.0, 2 * np.pi, shape)
+    low, high = radius, size - radius
+    tracks = []
+    for turn in (np.cos(angle), np.sin(angle)):
+        start = rng.uniform(low, high).astype(np.float32)
+        step = (speed * turn).astype(np.float32)
+        tracks.append(bounce(start, step, stride, low, high).swapaxes(0, 1))
+    count = rng.choice(3, groups, p=[0.05, 0.6, 0.35])
+    visible = np.arange(objects) < count[:, None]
+
+    def each_frame(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.repeat(values, stride, axis=0)
+
+    return Frames(
+        background_T=each_frame(rng.integers(len(BACKGROUNDS), size=groups)),  # type: ignore[arg-type]
+        x_TO=tracks[0].reshape(-1, objects),
+        y_TO=tracks[1].reshape(-1, objects),
+        radius_TO=each_frame(radius),  # type: ignore[arg-type]
+        colour_TO=each_frame(rng.integers(len(COLOURS), size=shape)),  # type: ignore[arg-type]
+        shape_TO=each_frame(rng.integers(len(SHAPES), size=shape)),  # type: ignore[arg-type]
+        visible_TO=each_frame(visible),  # type: ignore[arg-type]
+    )

@@ -1,0 +1,104 @@
+"""Training sees what serving sees: the unrolled cache against the generator's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import small_preset
+
+from echo_ray.engine.generator import Generator
+from echo_ray.engine.weights import build_modules
+from echo_ray.model.dit import PromptKV
+from echo_ray.training.fast import dit_forward
+from echo_ray.training.unroll import Unrolled
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> object:
+    with torch.no_grad():
+        yield
+
+
+def chunks_of_latents(count: int) -> list[torch.Tensor]:
+    source = torch.Generator().manual_seed(2)
+    return [torch.randn(1, 3, 4, 4, 4, generator=source) for _ in range(count)]
+
+
+def test_keys_and_memory_equal_the_engines_over_a_whole_clip() -> None:
+    torch.manual_seed(11)
+    preset = small_preset(point_every=0)
+    modules = build_modules(preset)
+    dit, memory = modules.dit, modules.memory
+    assert memory is not None
+    text = torch.randn(1, 6, 16)
+    generator = Generator(dit, memory, preset.cache, preset.sampler)
+    state = generator.start(text)
+    unrolled = Unrolled(preset, memory, 1)
+    prompt = dit.encode_prompt(text)
+    time = dit.condition(torch.zeros(1, 3))
+    for k, clean in enumerate(chunks_of_latents(9)):
+        # The engine's first noisy call evicts and updates; then the given latents join the past.
+        generator.denoise(state, lambda chunk, step: torch.zeros(1, 3, 4, 4, 4))
+        generator.absorb(state, clean)
+        unrolled.evict()
+        past, own = unrolled.view()
+        _, written = dit_forward(dit, clean, time, prompt, past, own, 1)
+        unrolled.keep(written)
+        held = torch.cat([c[-1][0] for c in unrolled.local], dim=1) if unrolled.local else None
+        if held is not None:
+            sink = preset.cache.sink_frames
+            keys, _ = state.window.last_layer(sink, state.window.local_held)
+            assert torch.allclose(held, keys, atol=1e-4), f"chunk {k}"
+        assert (unrolled.memory_state is not None) == state.has_history
+        if unrolled.memory_state is not None:
+            assert state.query_BMC is not None
+            assert torch.allclose(unrolled.memory_state, state.query_BMC, atol=1e-4)
+
+
+def test_copies_are_independent_of_each_other() -> None:
+    torch.manual_seed(12)
+    preset = small_preset()
+    dit = build_modules(preset).dit
+    unrolled = Unrolled(preset, None, 2)
+    prompt = dit.encode_prompt(torch.randn(2, 6, 16))
+    first = torch.randn(2, 3, 4, 4, 4)
+    past, own = unrolled.view()
+    _, written = dit_forward(dit, first, dit.condition(torch.zeros(2, 3)), prompt, past, own, 1)
+    unrolled.keep(written)
+    past, own = unrolled.view()
+    x, t = torch.randn(6, 3, 4, 4, 4), torch.rand(6, 1).expand(-1, 3) * 1000
+    together, _ = dit_forward(dit, x, dit.condition(t), prompt, past, own, 3)
+    for copy in range(3):
+        rows = slice(2 * copy, 2 * copy + 2)
+        alone, _ = dit_forward(dit, x[rows], dit.condition(t[rows]), prompt, past, own, 1)
+        assert torch.allclose(together[rows], alone, atol=1e-5)
+
+
+def test_a_rebuild_replaces_every_local_chunk() -> None:
+    torch.manual_seed(13)
+    preset = small_preset()
+    dit = build_modules(preset).dit
+    unrolled = Unrolled(preset, None, 1)
+    time = dit.condition(torch.zeros(1, 3))
+    old, new = (dit.encode_prompt(torch.randn(1, 6, 16)) for _ in range(2))
+    latents = chunks_of_latents(4)
+    for clean in latents:
+        past, own = unrolled.view()
+        _, written = dit_forward(dit, clean, time, old, past, own, 1)
+        unrolled.keep(written)
+    before = [chunk[-1][0] for chunk in unrolled.local]
+    rebuilt = _rebuild(unrolled, dit, torch.cat(latents[1:], dim=1), new)
+    assert len(unrolled.local) == 3
+    for chunk, was, now in zip(unrolled.local, before, rebuilt.chunk(3, dim=1), strict=True):
+        assert torch.equal(chunk[-1][0], now)
+        assert not torch.allclose(was, now)
+
+
+def _rebuild(
+    unrolled: Unrolled, dit: torch.nn.Module, latents: torch.Tensor, prompt: PromptKV
+) -> torch.Tensor:
+    past, own = unrolled.rebuild_view()
+    time = dit.condition(torch.zeros(1, latents.shape[1]))  # type: ignore[operator]
+    _, written = dit_forward(dit, latents, time, prompt, past, own, 1)  # type: ignore[arg-type]
+    unrolled.replace_local(written)
+    return written[-1][0]
