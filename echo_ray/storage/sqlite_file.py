@@ -130,7 +130,10 @@ def _prepare(path: Path, schema: str, busy_timeout_s: float) -> None:
         raise StoreCorrupt(f"{path}: not a SQLite database; {_REMEDY}")
     connection = _connect(path, busy_timeout_s)
     try:
+        # One transaction: a database that somebody else creates is seen before that or after.
+        connection.execute("BEGIN").close()
         version = _check_ours(connection, path)
+        connection.execute("COMMIT").close()
         (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise StoreUnavailable(
