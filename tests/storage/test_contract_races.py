@@ -68,11 +68,13 @@ def test_an_entry_is_never_pinned_at_or_below_a_sealed_chunk(directory: Director
     done, spoken = threading.Event(), threading.Semaphore(0)
 
     def generate() -> None:
-        for n in range(chunks):
-            assert spoken.acquire(timeout=10)
-            sealed[n] = [e.event_id for e in directory.seal(lease, n)]
-            directory.commit(lease, n, "d", "fp")
-        done.set()
+        try:
+            for n in range(chunks):
+                assert spoken.acquire(timeout=10)
+                sealed[n] = [e.event_id for e in directory.seal(lease, n)]
+                directory.commit(lease, n, "d", "fp")
+        finally:
+            done.set()
 
     def speak(name: str) -> list[tuple[str, int]]:
         said = []
