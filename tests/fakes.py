@@ -82,6 +82,7 @@ class FakeEngine:
         self.refuses = refuses
         self.failing: list[int] = []
         self.stepped: list[int] = []
+        self.stepped_at_s: list[float] = []
         self.loaded: list[int] = []
         self.may_step = threading.Event()
         self.may_step.set()
@@ -98,6 +99,7 @@ class FakeEngine:
             time.sleep(self.delay_s)
         index = state.next_index
         self.stepped.append(index)
+        self.stepped_at_s.append(time.monotonic())
         if index in self.failing:
             self.failing.remove(index)
             state.broken = True

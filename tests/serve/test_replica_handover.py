@@ -1,0 +1,431 @@
+import asyncio
+import time
+
+import httpx
+import pytest
+from fakes import FakeEngine, undisturbed
+from replicas import Replicas, close_code, eventually, hello, pull
+
+from echo_ray.errors import StoreFull, StoreUnavailable
+from echo_ray.session.records import Lease, SessionState
+
+PROMPT, SEED = "a red circle", 7
+SWITCHES = {3: ["a blue square"], 9: ["a green star"]}
+
+
+def truth(count, point_every=4, switches=None):
+    return undisturbed(FakeEngine(point_every=point_every), PROMPT, SEED, count, switches or {})
+
+
+def digests(heads):
+    return [head["digest"] for head in heads]
+
+
+async def watch(replica, epoch, start, count, want=None):
+    async with pull(replica, epoch, start, want=want or start + count) as end:
+        await hello(end)
+        return await end.chunks(count)
+
+
+class Unreliable:
+    """A store in front of another whose methods fail when told; counts its calls."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.failures = {}
+        self.calls = []
+
+    def __getattr__(self, name):
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args, **options):
+            self.calls.append(name)
+            waiting = self.failures.get(name)
+            if waiting:
+                error = waiting.pop(0)
+                if error is not None:
+                    raise error
+            return found(*args, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("point_every", [1, 3, 4])
+@pytest.mark.parametrize("cut", [1, 3, 4, 5, 9])
+def test_another_replica_goes_on_after_a_loss_without_goodbye(cut, point_every):
+    with Replicas() as bench:
+        one = bench.start("r1", FakeEngine(point_every=point_every))
+        two = bench.start("r2", FakeEngine(point_every=point_every))
+        bench.session()
+        for chunk, prompts in SWITCHES.items():
+            bench.directory.append_control("s1", f"e{chunk}", prompts[0], at_chunk=chunk)
+        first = asyncio.run(watch(one, bench.claim(one), 0, cut, want=cut + 1))
+        bench.crash(one)
+        second = asyncio.run(watch(two, bench.claim(two), cut, 12 - cut))
+        heads = first + second
+        assert [h["chunk_index"] for h in heads] == list(range(12))
+        assert digests(heads) == truth(12, point_every, SWITCHES)
+        assert not any(h["discontinuity"] for h in heads)
+        resumed = next(h for h in second if h["chunk_index"] == max(cut, 3))
+        assert resumed["active_event_ids"] == (["e9"] if cut == 9 else ["e3"])
+        assert two.telemetry.value("echo_ray_digest_mismatches_total") == 0
+
+
+def test_resuming_replays_only_what_came_after_the_last_point():
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        epoch = bench.claim(one)
+        for start, count in [(0, 4), (4, 4), (8, 3)]:
+            asyncio.run(watch(one, epoch, start, count))
+            points = start // 4 + (1 if count == 4 else 0)
+            assert eventually(lambda n=points: len(bench.directory.snapshots("s1")) == n)
+        bench.crash(one)
+        assert digests(asyncio.run(watch(two, bench.claim(two), 11, 1))) == truth(12)[11:]
+        assert bench.engines["r2"].loaded == [8]
+        assert bench.engines["r2"].stepped == [8, 9, 10, 11]
+        assert two.telemetry.value("echo_ray_session_resumes_total", outcome="ok") == 1
+
+
+def test_a_crash_between_commit_and_delivery_loses_nothing():
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        asyncio.run(watch(one, bench.claim(one), 0, 2, want=7))
+        assert eventually(lambda: bench.directory.get("s1").next_index == 7)
+        bench.crash(one)
+        assert digests(asyncio.run(watch(two, bench.claim(two), 2, 8))) == truth(10)[2:]
+
+
+def test_a_crash_between_seal_and_commit_keeps_what_was_sealed():
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        epoch = bench.claim(one)
+        asyncio.run(watch(one, epoch, 0, 2))
+        bench.directory.append_control("s1", "e2", "a blue square")
+        bench.directory.seal(Lease("s1", "r1", epoch), 2)
+        bench.crash(one)
+        assert bench.directory.append_control("s1", "e3", "a white dot").chunk == 3
+        heads = asyncio.run(watch(two, bench.claim(two), 2, 3))
+        expected = truth(5, switches={2: ["a blue square"], 3: ["a white dot"]})
+        assert digests(heads) == expected[2:]
+
+
+def test_a_fenced_owner_closes_its_readers_and_writes_nothing_more():
+    async def fence(bench, one, two, epoch):
+        async with pull(one, epoch, want=3) as end:
+            await hello(end)
+            await end.chunks(3)
+            taken = bench.claim(two)
+            await end.want(50)
+            assert await close_code(end) == 4001
+            assert end.others[-1]["code"] == "fenced"
+            assert not [m for m in end.others if m["type"] == "video.chunk_metadata"]
+        return taken
+
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        epoch = bench.claim(one)
+        asyncio.run(fence(bench, one, two, epoch))
+        assert bench.directory.get("s1").next_index == 3
+        assert eventually(lambda: one.host.runners() == [])
+
+
+def test_an_owner_whose_lease_ran_out_by_its_own_clock_stops_before_it_writes():
+    async def outlive(bench, one, epoch):
+        engine = bench.engines["r1"]
+        async with pull(one, epoch, want=2) as end:
+            await hello(end)
+            await end.chunks(2)
+            engine.may_step.clear()
+            await end.want(10)
+            assert await asyncio.to_thread(eventually, lambda: store.calls.count("seal") == 3)
+            store.failures["renew"] = [StoreUnavailable("the store is gone")] * 1000
+            assert await close_code(end) == 4001
+            engine.may_step.set()
+
+    with Replicas(lease_ttl_s=0.4, lease_renew_s=0.05) as bench:
+        store = Unreliable(bench.directory)
+        one = bench.start("r1", directory=lambda: store)
+        bench.session()
+        asyncio.run(outlive(bench, one, bench.claim(one)))
+        assert eventually(lambda: bench.engines["r1"].stepped[-1] == 2)
+        time.sleep(0.05)
+        assert store.calls.count("commit") == 2
+        assert store.calls.count("seal") == 3
+        assert one.telemetry.value("echo_ray_leases_lost_total", reason="expired") == 1
+
+
+def test_a_stopped_engine_thread_that_wakes_up_is_refused_by_the_store_too():
+    async def steal(bench, one, two, epoch):
+        engine = bench.engines["r1"]
+        async with pull(one, epoch, want=2) as end:
+            await hello(end)
+            await end.chunks(2)
+            engine.may_step.clear()
+            await end.want(10)
+            assert await asyncio.to_thread(
+                eventually, lambda: bench.directory.get("s1").sealed == 3
+            )
+            return await watch(two, bench.claim(two), 2, 4)
+
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        heads = asyncio.run(steal(bench, one, two, bench.claim(one)))
+        bench.engines["r1"].may_step.set()
+        assert digests(heads) == truth(6)[2:]
+        assert eventually(lambda: one.host.runners() == [])
+        assert bench.directory.get("s1").next_index == 6
+        assert bench.directory.digests("s1", 0, 9) == dict(enumerate(truth(6)))
+
+
+def test_prepare_then_take_over_replays_nothing_and_changes_nothing():
+    async def migrate(bench, one, two, epoch):
+        async with pull(one, epoch, want=10) as end:
+            await hello(end)
+            heads = await end.chunks(10)
+            async with httpx.AsyncClient() as http:
+                answer = await http.post(f"http://{two.address}/v1/prepare/s1")
+            assert answer.json() == {"next_index": 10}
+            await end.want(13)
+            heads += await end.chunks(3)
+            shadow = bench.engines["r2"]
+            assert await asyncio.to_thread(
+                eventually, lambda: shadow.stepped and shadow.stepped[-1] == 12
+            )
+            made = list(shadow.stepped)
+            taken = bench.claim(two)
+            heads += await watch(two, taken, 13, 4)
+            assert await close_code(end) == 4001
+        assert shadow.stepped == [*made, 13, 14, 15, 16]
+        return heads
+
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        heads = asyncio.run(migrate(bench, one, two, bench.claim(one)))
+        assert digests(heads) == truth(17)
+        assert [h["owner"] for h in heads] == ["r1"] * 13 + ["r2"] * 4
+        assert bench.engines["r2"].loaded == [8]
+
+
+def test_prepare_refuses_unknown_and_closed_sessions():
+    with Replicas() as bench:
+        one = bench.start("r1")
+        bench.session()
+        bench.directory.set_state("s1", state="closed")
+        for session_id, status in [("nobody", 404), ("s1", 409)]:
+            url = f"http://{one.address}/v1/prepare/{session_id}"
+            assert httpx.post(url).status_code == status
+        assert one.host.runners() == []
+
+
+def test_the_same_replica_goes_on_under_a_newer_epoch_without_loading():
+    with Replicas(lease_renew_s=0.5) as bench:
+        one = bench.start("r1")
+        bench.session()
+        first = asyncio.run(watch(one, bench.claim(one), 0, 3))
+        second = asyncio.run(watch(one, bench.claim(one), 3, 3))
+        assert digests(first + second) == truth(6)
+        assert [h["epoch"] for h in first + second] == [1, 1, 1, 2, 2, 2]
+        assert bench.engines["r1"].stepped == list(range(6))
+
+
+def test_a_failed_step_is_repeated_from_the_last_point():
+    with Replicas() as bench:
+        engine = FakeEngine()
+        engine.failing = [6, 6]
+        one = bench.start("r1", engine)
+        bench.session()
+        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 9))) == truth(9)
+        assert one.telemetry.value("echo_ray_engine_failures_total") == 2
+        assert bench.directory.get("s1").epoch == 1
+
+
+def test_three_failures_in_a_row_release_the_session_with_an_error():
+    async def fail(one, epoch):
+        async with pull(one, epoch, want=9) as end:
+            await hello(end)
+            await end.chunks(2)
+            return await close_code(end), end.others[-1]["code"]
+
+    with Replicas() as bench:
+        engine = FakeEngine()
+        engine.failing = [2, 2, 2]
+        one = bench.start("r1", engine)
+        bench.session()
+        assert asyncio.run(fail(one, bench.claim(one))) == (1011, "engine_failed")
+        record = bench.directory.get("s1")
+        assert (record.owner, record.state, record.next_index) == (None, SessionState.LIVE, 2)
+
+
+def test_a_prompt_that_the_engine_refuses_pauses_the_session_with_its_error():
+    async def refuse(one, epoch):
+        async with pull(one, epoch, want=1) as end:
+            return await close_code(end), end.others[-1]["code"]
+
+    with Replicas() as bench:
+        one = bench.start("r1")
+        bench.session(prompt="refused")
+        assert asyncio.run(refuse(one, bench.claim(one))) == (1008, "prompt_invalid")
+        assert bench.directory.get("s1").state is SessionState.PAUSED
+
+
+@pytest.mark.parametrize("method", ["seal", "commit"])
+def test_a_store_that_fails_for_a_while_delays_the_chunk_and_nothing_else(method):
+    with Replicas() as bench:
+        store = Unreliable(bench.directory)
+        error = StoreFull("disk full") if method == "commit" else StoreUnavailable("gone")
+        store.failures[method] = [None, None, error, error]
+        one = bench.start("r1", directory=lambda: store)
+        bench.session()
+        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 6))) == truth(6)
+        assert bench.engines["r1"].stepped == list(range(6))
+        assert one.telemetry.value("echo_ray_store_errors_total", op="progress") == 2
+
+
+def test_a_commit_whose_answer_was_lost_is_recognised():
+    class Deaf(Unreliable):
+        def commit(self, *args):
+            self._inner.commit(*args)
+            if args[1] == 2:
+                raise StoreUnavailable("the answer was lost")
+
+    with Replicas() as bench:
+        store = Deaf(bench.directory)
+        one = bench.start("r1", directory=lambda: store)
+        bench.session()
+        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 6))) == truth(6)
+        assert bench.engines["r1"].stepped == list(range(6))
+
+
+def test_snapshots_that_cannot_be_written_or_read_cost_time_and_no_chunk():
+    with Replicas() as bench:
+        blobs = Unreliable(bench.snapshots)
+        blobs.failures["put"] = [None, StoreFull("disk full")]
+        one = bench.start("r1", store=blobs)
+        two = bench.start("r2", store=blobs)
+        bench.session()
+        epoch = bench.claim(one)
+        first = asyncio.run(watch(one, epoch, 0, 5))
+        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
+        first += asyncio.run(watch(one, epoch, 5, 6))
+        wrong = lambda: one.telemetry.value("echo_ray_snapshots_total", outcome="failed")  # noqa: E731
+        assert eventually(lambda: wrong() == 1)
+        bench.crash(one)
+        assert [s.chunk_index for s in bench.directory.snapshots("s1")] == [4]
+        ref = bench.directory.snapshots("s1")[0]
+        blob = bench.snapshots.get("s1", ref.id)
+        bench.snapshots.put("s1", ref.id, blob[:-9])
+        second = asyncio.run(watch(two, bench.claim(two), 11, 3))
+        assert digests(first + second) == truth(14)
+        assert two.telemetry.value("echo_ray_snapshots_total", outcome="unreadable") == 1
+        assert bench.engines["r2"].loaded == []
+
+
+def test_old_snapshots_are_pruned_and_pinned_ones_stay():
+    with Replicas(snapshots_kept=2) as bench:
+        one = bench.start("r1", FakeEngine(point_every=2))
+        bench.session()
+        epoch = bench.claim(one)
+        asyncio.run(watch(one, epoch, 0, 2))
+        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
+        pinned = bench.directory.snapshots("s1")[0]
+        bench.directory.pin_snapshot("s1", pinned.id)
+        for start in range(2, 12, 2):
+            asyncio.run(watch(one, epoch, start, 2))
+            found = lambda n=start: bench.directory.snapshots("s1")[0].chunk_index == n + 2  # noqa: E731
+            assert eventually(found)
+
+        def left():
+            return [s.chunk_index for s in bench.directory.snapshots("s1")]
+
+        assert eventually(lambda: left() == [12, 10, 2])
+        assert bench.snapshots.get("s1", pinned.id)
+
+
+def test_another_kind_of_device_is_marked_and_counted():
+    with Replicas() as bench:
+        one = bench.start("r1")
+        two = bench.start("r2", FakeEngine(fingerprint="other"))
+        bench.session()
+        asyncio.run(watch(one, bench.claim(one), 0, 6))
+        bench.crash(one)
+        heads = asyncio.run(watch(two, bench.claim(two), 5, 4))
+        assert [h["discontinuity"] for h in heads] == [True, True, False, False]
+        assert two.telemetry.value("echo_ray_digest_mismatches_total") == 6
+        assert two.telemetry.value("echo_ray_snapshots_total", outcome="refused") == 1
+
+
+def test_a_past_that_cannot_be_made_again_is_expired():
+    async def ask(replica, epoch, start):
+        async with pull(replica, epoch, start) as end:
+            return await close_code(end), end.others[-1]["code"]
+
+    with Replicas(retention_chunks=8, snapshots_kept=1) as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        epoch = bench.claim(one)
+        for start in range(0, 24, 4):
+            asyncio.run(watch(one, epoch, start, 4))
+        point = lambda: [s.chunk_index for s in bench.directory.snapshots("s1")]  # noqa: E731
+        assert eventually(lambda: point() == [24])
+        bench.crash(one)
+        assert asyncio.run(ask(two, bench.claim(two), 5)) == (1008, "segment_expired")
+
+
+def test_a_lagging_reader_makes_a_resumed_session_go_further_back():
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        asyncio.run(watch(one, bench.claim(one), 0, 8))
+        assert eventually(lambda: bench.directory.snapshots("s1")[0].chunk_index == 8)
+        bench.crash(one)
+        epoch = bench.claim(two)
+        ahead = asyncio.run(watch(two, epoch, 8, 2))
+        lagging = asyncio.run(watch(two, epoch, 6, 6))
+        assert digests(ahead) == truth(10)[8:]
+        assert digests(lagging) == truth(12)[6:]
+
+
+def test_closing_gives_sessions_up_and_says_so():
+    async def leave(one, epoch):
+        async with pull(one, epoch, want=6) as end:
+            await hello(end)
+            heads = await end.chunks(6)
+            closing = asyncio.create_task(asyncio.to_thread(one.close))
+            code = await close_code(end)
+            await closing
+            return heads, code, [m["type"] for m in end.others]
+
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        heads, code, types = asyncio.run(leave(one, bench.claim(one)))
+        assert (code, types) == (1012, ["session.going_away", "error"])
+        record = bench.directory.get("s1")
+        assert (record.owner, record.state, record.lease_until) == (None, SessionState.LIVE, 0.0)
+        assert [r.id for r in bench.directory.replicas()] == ["r2"]
+        heads += asyncio.run(watch(two, bench.claim(two), 6, 4))
+        assert digests(heads) == truth(10)
+
+
+def test_a_deleted_session_ends_for_its_readers():
+    async def delete(bench, one, epoch):
+        async with pull(one, epoch, want=2) as end:
+            await hello(end)
+            await end.chunks(2)
+            bench.directory.delete("s1")
+            await end.want(5)
+            return await close_code(end)
+
+    with Replicas() as bench:
+        one = bench.start("r1")
+        bench.session()
+        assert asyncio.run(delete(bench, one, bench.claim(one))) in (1008, 4001)
+        assert eventually(lambda: one.host.runners() == [])
