@@ -42,6 +42,8 @@ FLOOR = {
     "memory_update": 0.25,
 }
 STILL = 1e-4
+SCORE_LIMIT = 1e6
+"""The score of a stream whose numbers are no longer finite; JSON has no infinity."""
 _LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
 
 
@@ -97,8 +99,9 @@ def read_drift(state: DriftState, parts: dict[str, float], *, restart: bool) -> 
         state.chunks += 1
     base = {n: s / max(state.chunks, 1) for n, s in zip(PARTS, state.sums, strict=True)}
     moved = {n: _moved(parts[n], base[n], FLOOR[n]) for n in PARTS}
-    score = math.sqrt(sum(m * m for m in moved.values()) / len(moved)) if finite else math.inf
-    return DriftReading(score=score, parts=parts, flags=_flags(state, parts, base, finite))
+    score = math.sqrt(sum(m * m for m in moved.values()) / len(moved)) if finite else SCORE_LIMIT
+    flags = _flags(state, parts, base, finite)
+    return DriftReading(score=min(score, SCORE_LIMIT), parts=parts, flags=flags)
 
 
 def _moved(value: float, base: float, floor: float) -> float:

@@ -10,6 +10,7 @@ import pytest
 from echo_ray.engine.drift import (
     BASELINE_CHUNKS,
     FROZEN_CHUNKS,
+    SCORE_LIMIT,
     DriftState,
     frame_parts,
     read_drift,
@@ -66,6 +67,7 @@ def test_washed_out() -> None:
 def test_exploded(parts: dict[str, float]) -> None:
     reading = read_drift(settled(), moving_square(6) | parts, restart=False)
     assert "exploded" in reading.flags
+    assert 1 < reading.score <= SCORE_LIMIT
 
 
 def test_a_prompt_switch_begins_a_new_baseline() -> None:
