@@ -19,7 +19,7 @@ def tree(kind: type[EchoError]) -> Iterator[type[EchoError]]:
         yield from tree(child)
 
 
-@pytest.mark.parametrize("kind", tree(EchoError), ids=lambda k: k.code)
+@pytest.mark.parametrize("kind", list(tree(EchoError)), ids=lambda k: k.code)
 def test_error_codes_with_status_and_close_code(kind: type[EchoError]) -> None:
     assert f"| `{kind.code}` | {kind.http_status} | {kind.ws_close} |" in PAGE
 
