@@ -9,6 +9,7 @@ says only that they belong together.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from ray.serve import Application, Deployment
@@ -38,7 +39,9 @@ def application(args: Mapping[str, Any], *, engine: str = ENGINE) -> Application
             "use local",
             param="storage.backend",
         )
-    plain = dict(args)
+    # Replicas are processes with working directories of their own; the folder must be one.
+    path = Path(config.storage.path).expanduser().absolute()
+    plain = {**args, "storage": {**args.get("storage", {}), "path": str(path)}}
     # Serve deploys what its root binds, so the one is handed to the other, which ignores it.
     router = _deployment(Router).bind(plain)
     return _deployment(GeneratorReplica).bind(plain, router, engine=engine)
