@@ -89,7 +89,7 @@ def dit_forward(
 ) -> tuple[Tensor, list[Pair]]:
     """`DiT.forward` for training: the flow, and each layer's keys and values, not rotated."""
     frames = x_BFCHW.shape[1]
-    x = dit.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
+    x = dit.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2).float()
     written: list[Pair] = []
     past_rope = (past.cos_ND, past.sin_ND) if past else own_rope
     for layer, module in enumerate(dit.blocks):
