@@ -1,0 +1,246 @@
+"""Faults on the real thing: real Ray, real processes, real signals, viewers comparing digests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from service import (
+    Service,
+    owner_pid,
+    resume_process,
+    running_service,
+    take,
+    undisturbed,
+    wait_for_replicas,
+)
+
+from echo_ray.client import EchoClient
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+
+PROMPT = "a red ball on a blue background"
+OTHER = "a green square on a black background"
+COUNT = 24
+METRICS = (
+    "echo_ray_chunk_latency_seconds_bucket",
+    "echo_ray_frames_generated_total",
+    "echo_ray_sessions{",
+    "echo_ray_resume_duration_seconds_count",
+    "echo_ray_failovers_total",
+)
+Disturbance = Callable[[EchoClient, str, int], Awaitable[None]]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+async def watch(
+    service: Service, seed: int, disturb: Disturbance, *, pace: str = "realtime", viewers: int = 2
+) -> dict[int, str]:
+    """Watch one session through a disturbance; returns the switches that were acknowledged.
+
+    Every viewer must get every index once, in order, each digest equal to the undisturbed run's.
+    """
+    switches: dict[int, str] = {}
+    async with EchoClient(service.url) as client:
+        session = (await client.create(PROMPT, seed=seed, pace=pace))["id"]
+
+        async def view(number: int) -> list[tuple[int, str]]:
+            seen = []
+            async for segment in client.segments(session, start=0, format="raw"):
+                seen.append((segment.index, segment.metadata.digest))
+                assert not segment.metadata.discontinuity
+                if number == 0 and segment.index == 3:
+                    switches[await client.send_event(session, OTHER)] = OTHER
+                if number == 0:
+                    await disturb(client, session, segment.index)
+                if len(seen) == COUNT:
+                    break
+            return seen
+
+        everybody = await asyncio.gather(*(view(n) for n in range(viewers)))
+        await client.delete(session)
+    expected = list(enumerate(undisturbed(PROMPT, seed, COUNT, switches)))
+    for seen in everybody:
+        assert seen == expected
+    assert len(switches) == 1
+    return switches
+
+
+def test_kill_9_of_the_owner_loses_nothing(service: Service) -> None:
+    killed: list[int] = []
+
+    async def kill(client: EchoClient, session: str, index: int) -> None:
+        if index == 11:
+            _, pid = await owner_pid(client, session)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    asyncio.run(watch(service, 1, kill))
+    assert len(killed) == 1
+    asyncio.run(wait_for_replicas(service, 2))
+
+
+def test_kill_9_of_both_replicas_in_turn_loses_nothing(service: Service) -> None:
+    killed: list[int] = []
+
+    async def kill(client: EchoClient, session: str, index: int) -> None:
+        if index in (6, 15):
+            _, pid = await owner_pid(client, session)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    asyncio.run(watch(service, 2, kill, pace="max"))
+    assert len(set(killed)) == 2
+    asyncio.run(wait_for_replicas(service, 2))
+
+
+def test_a_stopped_owner_that_wakes_up_is_fenced_and_writes_nothing(service: Service) -> None:
+    stopped: list[tuple[str, int]] = []
+    rows: dict[str, object] = {}
+
+    async def stop(client: EchoClient, session: str, index: int) -> None:
+        if index == 9:
+            stopped.append(await owner_pid(client, session))
+            os.kill(stopped[0][1], signal.SIGSTOP)
+        elif index == 12:
+            assert (await client.get(session))["owner"] != stopped[0][0]
+            resume_process(stopped[0][1])
+        elif index == 20:
+            rows.update(await client.get(session))
+
+    try:
+        asyncio.run(watch(service, 3, stop))
+    finally:
+        for _, pid in stopped:
+            resume_process(pid)
+    assert rows["owner"] != stopped[0][0]
+    assert rows["epoch"] == 2
+    asyncio.run(wait_for_replicas(service, 2))
+
+
+def test_a_planned_migration_is_seamless(service: Service) -> None:
+    owners: list[str] = []
+
+    async def move(client: EchoClient, session: str, index: int) -> None:
+        if index in (8, 16):
+            owners.append((await owner_pid(client, session))[0])
+            await client.migrate(session)
+        elif index == COUNT - 1:
+            owners.append((await owner_pid(client, session))[0])
+
+    asyncio.run(watch(service, 4, move))
+    assert owners[0] != owners[1] != owners[2]
+
+
+def test_a_viewer_that_comes_back_goes_on_where_it_was(service: Service) -> None:
+    async def scenario() -> None:
+        async with EchoClient(service.url) as client:
+            session = (await client.create(PROMPT, seed=5))["id"]
+            first = await take(client, session, 0, 5)
+            await asyncio.sleep(0.5)
+            again = await take(client, session, 3, 6)
+            assert [s.index for s in again] == list(range(3, 9))
+            assert [s.data for s in again[:2]] == [s.data for s in first[3:]]
+            expected = undisturbed(PROMPT, 5, 9, {})
+            assert [s.metadata.digest for s in first[:3] + again] == expected
+            await client.delete(session)
+
+    asyncio.run(scenario())
+
+
+def test_pause_costs_nothing_and_resume_is_exact(service: Service) -> None:
+    async def scenario() -> None:
+        async with EchoClient(service.url) as client:
+            session = (await client.create(PROMPT, seed=6, pace="max"))["id"]
+            first = await take(client, session, 0, 10)
+            paused = await client.pause(session)
+            assert (paused["state"], paused["owner"]) == ("paused", None)
+            made = paused["next_chunk"]
+            await asyncio.sleep(1.0)
+            assert (await client.get(session))["next_chunk"] == made
+            more = await take(client, session, 10, 8)
+            digests = [s.metadata.digest for s in first + more]
+            assert digests == undisturbed(PROMPT, 6, 18, {})
+            await client.delete(session)
+
+    asyncio.run(scenario())
+
+
+def test_metrics_tell_what_happened(service: Service) -> None:
+    replicas = httpx.get(f"{service.url}/v1/admin/replicas").json()["replicas"]
+    pages = [httpx.get(f"http://{r['address']}/metrics").text for r in replicas]
+    pages.append(httpx.get(f"{service.url}/metrics").text)
+    text = "\n".join(pages)
+    for name in METRICS:
+        assert name in text
+    sessions = httpx.get(f"{service.url}/v1/sessions").json()["sessions"]
+    assert not [s["id"] for s in sessions if s["id"] in text]
+
+
+@pytest.fixture
+def own_service(tmp_path: Path) -> Iterator[Service]:
+    """One that a test may break."""
+    with running_service(tmp_path) as running:
+        yield running
+
+
+def test_everything_restarts_and_the_stream_goes_on(tmp_path: Path) -> None:
+    async def begin(url: str) -> tuple[str, list[str]]:
+        async with EchoClient(url) as client:
+            session = (await client.create(PROMPT, seed=7, pace="max"))["id"]
+            return session, [s.metadata.digest for s in await take(client, session, 0, 13)]
+
+    async def go_on(url: str, session: str) -> list[str]:
+        async with EchoClient(url) as client:
+            return [s.metadata.digest for s in await take(client, session, 13, 8)]
+
+    with running_service(tmp_path) as first:
+        session, digests = asyncio.run(begin(first.url))
+    with running_service(tmp_path) as second:
+        digests += asyncio.run(go_on(second.url, session))
+    assert digests == undisturbed(PROMPT, 7, 21, {})
+    with sqlite3.connect(tmp_path / "store" / "directory.sqlite3") as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    database.close()
+
+
+def test_a_killed_router_is_replaced_and_clients_go_on(own_service: Service) -> None:
+    async def scenario() -> None:
+        async with EchoClient(own_service.url) as client:
+            session = (await client.create(PROMPT, seed=8))["id"]
+            seen = []
+            async for segment in client.segments(session, start=0, format="raw"):
+                seen.append(segment.metadata.digest)
+                if segment.index == 5:
+                    os.kill(router_pid(own_service), signal.SIGKILL)
+                if len(seen) == 16:
+                    break
+            assert seen == undisturbed(PROMPT, 8, 16, {})
+
+    started = time.monotonic()
+    asyncio.run(scenario())
+    assert time.monotonic() - started < 60
+
+
+def router_pid(service: Service) -> int:
+    """The process that listens on the service's port."""
+    import psutil
+
+    port = int(service.url.rsplit(":", 1)[1])
+    for process in psutil.Process(service.process.pid).children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.status == "LISTEN" and connection.laddr.port == port:
+                return process.pid
+    raise AssertionError(f"nobody listens on {port}")

@@ -1,0 +1,126 @@
+"""The real service as a process of its own, for tests: Ray, two replicas, a router, SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+from echo_ray.client import EchoClient, Segment
+from echo_ray.config import ModelSection
+from echo_ray.engine.engine import EchoEngine, build_engine
+
+COMMAND = "import sys; from echo_ray.cli import main; sys.exit(main())"
+START_LIMIT_S = 90.0
+STOP_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running service: where it is, where it keeps its data, what it said."""
+
+    url: str
+    folder: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running_service(folder: Path, **settings: object) -> Iterator[Service]:
+    """Start `echo-ray serve`, wait for two replicas, and end all of it at the end."""
+    port, log = free_port(), folder / "service.log"
+    options = {"http.port": port, "storage.path": folder / "store", **settings}
+    arguments = [part for k, v in options.items() for part in ("--set", f"{k}={v}")]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, "serve", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    service = Service(f"http://127.0.0.1:{port}", folder, log, process)
+    try:
+        asyncio.run(wait_for_replicas(service, 2))
+        yield service
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL for it and for every descendant that is still there."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in psutil.wait_procs(family, timeout=5)[1]:
+        child.kill()
+
+
+async def wait_for_replicas(service: Service, count: int) -> list[str]:
+    """Ids of the live replicas once there are `count`."""
+    limit = time.monotonic() + START_LIMIT_S
+    async with EchoClient(service.url) as client:
+        while time.monotonic() < limit:
+            if service.process.poll() is not None:
+                break
+            if await client.ready():
+                replicas = await client.replicas()
+                if len(replicas) >= count:
+                    return [r["id"] for r in replicas]
+            await asyncio.sleep(0.1)
+    raise AssertionError(f"no {count} replicas; the log: {service.log.read_text()[-3000:]}")
+
+
+async def owner_pid(client: EchoClient, session_id: str) -> tuple[str, int]:
+    session = await client.get(session_id)
+    owner = next(r for r in await client.replicas() if r["id"] == session["owner"])
+    return owner["id"], owner["pid"]
+
+
+async def take(client: EchoClient, session_id: str, start: int, count: int) -> list[Segment]:
+    """The next `count` segments from `start` on, as any viewer gets them."""
+    taken = []
+    async for segment in client.segments(session_id, start=start, format="raw"):
+        taken.append(segment)
+        if len(taken) == count:
+            break
+    return taken
+
+
+@lru_cache(maxsize=1)
+def lone_engine() -> EchoEngine:
+    return build_engine(ModelSection())
+
+
+def undisturbed(prompt: str, seed: int, count: int, switches: Mapping[int, str]) -> list[str]:
+    """Digests of a run that nothing ever happens to, by the engine alone."""
+    engine = lone_engine()
+    state = engine.open(prompt, seed)
+    return [engine.step(state, [switches[i]] if i in switches else []).digest for i in range(count)]
+
+
+def resume_process(pid: int) -> None:
+    """SIGCONT, if the process is still there."""
+    if psutil.pid_exists(pid):
+        os.kill(pid, signal.SIGCONT)
