@@ -12,6 +12,7 @@ checked against their digests. Needs neither torch nor ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import random
@@ -32,6 +33,8 @@ from echo_ray.errors import EchoError, MessageError, UnavailableError
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 3.0
+CLOSE_TIMEOUT_S = 0.5
+"""Leaving early, with segments on their way that nobody will read, waits no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,10 @@ class EchoClient:
         while True:
             try:
                 async with connect(
-                    self._stream_url(session_id, reader), max_size=MAX_SEGMENT_BYTES
+                    self._stream_url(session_id, reader),
+                    max_size=MAX_SEGMENT_BYTES,
+                    compression=None,
+                    close_timeout=CLOSE_TIMEOUT_S,
                 ) as socket:
                     async for segment in reader.read(socket):
                         failed_since, delay_s = None, FIRST_DELAY_S
@@ -239,7 +245,9 @@ class _Reader:
                 segment = self._checked(announced, received)
                 announced = None
                 yield segment
-                await socket.send(wire.encode(wire.Ack(chunk_index=segment.index)))
+                with contextlib.suppress(ConnectionClosed):
+                    # What was received before the close is still to be read, the reason included.
+                    await socket.send(wire.encode(wire.Ack(chunk_index=segment.index)))
                 continue
             message = wire.parse_server(received)
             if isinstance(message, wire.ChunkMetadata):

@@ -107,7 +107,8 @@ def _add_player(app: FastAPI, player: Path) -> None:
             raise NotFoundError("the player page is not part of this installation; reinstall it")
         return FileResponse(file)
 
-    app.mount("/player", StaticFiles(directory=player, check_dir=False), name="player")
+    if player.is_dir():
+        app.mount("/player", StaticFiles(directory=player), name="player")
 
 
 async def _echo_error(request: Request, error: Exception) -> JSONResponse:

@@ -95,6 +95,9 @@ def _headers(held: WireSegment) -> dict[str, str]:
     """The headers that a replica would send with this segment."""
     metadata = json.loads(held.metadata)
     return {
-        "X-Echo-Chunk-Index": str(held.index),
         "X-Echo-Digest": str(metadata.get("digest", "")),
+        "X-Echo-Chunk-Index": str(held.index),
+        "X-Echo-Num-Frames": str(metadata.get("num_frames", "")),
+        "X-Echo-Epoch": str(metadata.get("epoch", "")),
+        "X-Echo-Metadata": json.dumps(metadata),
     }

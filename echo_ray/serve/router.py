@@ -13,6 +13,7 @@ from typing import Any
 from ray import serve
 
 from echo_ray.config import EchoConfig, from_mapping
+from echo_ray.errors import UnavailableError
 from echo_ray.serve.router_service import STOP_S, RouterService, open_front
 from echo_ray.serve.telemetry import log_as_json
 
@@ -28,6 +29,8 @@ from echo_ray.serve.telemetry import log_as_json
 class Router:
     """The deployment; `config` is the `EchoConfig` mapping."""
 
+    _service: RouterService | None = None
+
     # Serve awaits a constructor, and the socket needs the loop that this one runs on.
     async def __init__(self, config: Mapping[str, Any]) -> None:  # type: ignore[misc]
         log_as_json()
@@ -38,10 +41,16 @@ class Router:
 
     async def address(self) -> str:
         """`host:port` of the HTTP door."""
-        return self._service.address
+        return self._running().address
 
     async def check_health(self) -> None:
-        self._service.check()
+        self._running().check()
 
     async def __del__(self) -> None:
-        await self._service.stop()
+        if self._service is not None:
+            await self._service.stop()
+
+    def _running(self) -> RouterService:
+        if self._service is None:
+            raise UnavailableError("the router has not started yet; retry", retry_after_s=1.0)
+        return self._service

@@ -104,7 +104,6 @@ class Upstream:
         clock: Clock,
         telemetry: Telemetry,
         rng: random.Random,
-        patience_s: float = PATIENCE_S,
     ) -> None:
         self.session_id = session_id
         self.fmt = fmt
@@ -114,7 +113,6 @@ class Upstream:
         self._clock = clock
         self._telemetry = telemetry
         self._rng = rng
-        self._patience_s = patience_s
         self._socket: ClientConnection | None = None
         self._poked = asyncio.Event()
         self._want = asyncio.Event()
@@ -292,7 +290,7 @@ class Upstream:
 
     def _complain(self, error: EchoError) -> None:
         now = self._clock.monotonic()
-        if now - self._told_at >= self._patience_s:
+        if now - self._told_at >= PATIENCE_S:
             self._told_at = now
             self._sink.trouble(error)
 
