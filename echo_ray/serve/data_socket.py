@@ -74,7 +74,7 @@ class DataSocket:
     async def _prepare(self, request: Request) -> Response:
         session_id = request.path_params["session_id"]
         runner = await self._in_thread(lambda: self._host.prepare(session_id))
-        next_index = await until(runner, runner.caught_up_index, PREPARE_TIMEOUT_S)
+        next_index = await until(runner, lambda _: runner.caught_up_index(), PREPARE_TIMEOUT_S)
         return JSONResponse({"next_index": next_index})
 
     async def _segment(self, request: Request) -> Response:
@@ -87,7 +87,11 @@ class DataSocket:
         runner = await self._in_thread(lambda: self._host.own(session_id, epoch, index))
 
         segment = await until(
-            runner, lambda: runner.committed_segment(index, epoch), SEGMENT_TIMEOUT_S, start=index
+            runner,
+            lambda reader: runner.committed_segment(reader, index),
+            SEGMENT_TIMEOUT_S,
+            epoch=epoch,
+            start=index,
         )
         blob = await self._encoded(lambda e: segment.encoded(fmt, e))
         head = segment.metadata(byte_length=len(blob), epoch=epoch, owner=self._host.replica_id)

@@ -50,7 +50,9 @@ class Door:
                 lifespan="off",
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
-                ws_ping_interval=None,
+                # A router whose machine is gone says nothing; without this its pull stays for ever.
+                ws_ping_interval=5.0,
+                ws_ping_timeout=10.0,
                 ws_max_size=2**16,
                 timeout_graceful_shutdown=1,
             ),

@@ -21,12 +21,14 @@ from echo_ray.errors import (
     SessionClosed,
 )
 from echo_ray.serve.accounts import ProgressAccounts
+from echo_ray.serve.backfill import Backfill
+from echo_ray.serve.bench import Bench
 from echo_ray.serve.fetch import Fetcher
 from echo_ray.serve.lease_keeper import LeaseKeeper
-from echo_ray.serve.progress import Bench, Progress
+from echo_ray.serve.progress import Progress
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.snapshot_writer import SnapshotWriter
-from echo_ray.serve.stepper import Stepper
+from echo_ray.serve.stepper import Stepper, Work
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.session.capacity import free_slots
 from echo_ray.session.engine_port import Engine
@@ -65,7 +67,7 @@ class SessionHost:
         self._store = store
         self._accounts = ProgressAccounts(telemetry)
         self._changed = threading.Condition(threading.RLock())
-        self._sessions: dict[str, tuple[SessionRunner, Progress]] = {}
+        self._sessions: dict[str, tuple[SessionRunner, tuple[Work, ...]]] = {}
         self._draining = False
         # One for callers, snapshots and reading back, one for the engine thread, and one for the
         # leases alone, so that nothing slow is ever in front of a renewal.
@@ -88,7 +90,8 @@ class SessionHost:
             store=self._store,
             telemetry=self.telemetry,
             clock=self.clock,
-            limit_chunks=session.retention_chunks,
+            # A viewer at the end of the retention lags further while its past is made again.
+            limit_chunks=2 * session.retention_chunks + self.engine.shape.point_every,
             limit_bytes=self.config.storage.snapshot_limit_bytes,
         )
         return Bench(
@@ -125,7 +128,7 @@ class SessionHost:
         """Begin to work and to be seen; the data socket listens at `address`."""
         self.address = address
         self._bench.writer.start()
-        self._stepper.serve(self._progresses)
+        self._stepper.serve(self._works)
         self._keeper.tick()
         self._keeper.start()
 
@@ -136,8 +139,8 @@ class SessionHost:
         with self._changed:
             return [runner for runner, _ in self._sessions.values()]
 
-    def _progresses(self) -> list[Progress]:
-        return [progress for _, progress in self._sessions.values()]
+    def _works(self) -> list[Work]:
+        return [work for _, works in self._sessions.values() for work in works]
 
     def healthy(self) -> bool:
         """Whether the engine thread lives and gets on."""
@@ -173,7 +176,7 @@ class SessionHost:
     # Letting in
 
     def own(self, session_id: str, epoch: int, start: int | None = None) -> SessionRunner:
-        """The session under `epoch`, started here if it was not; `start`: first chunk needed.
+        """The session under `epoch`, started here if it was not; `start`: first chunk asked for.
 
         Raises `Fenced` unless this replica owns the session under exactly that epoch,
         `SegmentBeyondEnd` if `start` lies beyond the next chunk, `CapacityError`, `Draining`.
@@ -195,18 +198,16 @@ class SessionHost:
             raise SegmentBeyondEnd(
                 f"from={start} lies beyond the next chunk, {record.next_index}", param="from"
             )
-        return self._let_in(record, LeaseView(lease, ttl_s, sent_s), start)
+        return self._let_in(record, LeaseView(lease, ttl_s, sent_s))
 
     def prepare(self, session_id: str) -> SessionRunner:
         """The session followed as a shadow, or as it runs here already."""
         record = self._directory.get(session_id)
         if record.state is SessionState.CLOSED:
             raise SessionClosed(f"session {session_id!r} is closed", param="session_id")
-        return self._let_in(record, None, None)
+        return self._let_in(record, None)
 
-    def _let_in(
-        self, record: SessionRecord, lease: LeaseView | None, start: int | None
-    ) -> SessionRunner:
+    def _let_in(self, record: SessionRecord, lease: LeaseView | None) -> SessionRunner:
         with self._changed:
             here = self._sessions.get(record.id)
             runner = here[0] if here else None
@@ -218,14 +219,15 @@ class SessionHost:
                     runner.renewed(lease.lease, lease.sent_s)
                     return runner
                 if held is None or held.lease.epoch < lease.lease.epoch:
-                    runner.adopt(lease, record, start)
+                    runner.adopt(lease, record)
                     return runner
                 raise Fenced(
                     f"session {record.id!r} runs here under the newer epoch {held.lease.epoch}"
                 )
             self._check_room(record.id)
-            runner = self._new_runner(record, lease, start)
-            self._sessions[record.id] = (runner, Progress(runner, self._bench))
+            runner = self._new_runner(record, lease)
+            works = (Progress(runner, self._bench), Backfill(runner, self._bench))
+            self._sessions[record.id] = (runner, works)
             self._changed.notify_all()
             return runner
 
@@ -241,14 +243,10 @@ class SessionHost:
                 retry_after_s=self.engine.shape.chunk_s,
             )
 
-    def _new_runner(
-        self, record: SessionRecord, lease: LeaseView | None, start: int | None
-    ) -> SessionRunner:
+    def _new_runner(self, record: SessionRecord, lease: LeaseView | None) -> SessionRunner:
         return SessionRunner(
             record,
             lease,
-            needed=start,
-            shape=self.engine.shape,
             config=self.config.session,
             clock=self.clock,
             changed=self._changed,

@@ -12,10 +12,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from concurrent.futures import Future
 
-from echo_ray.clock import Clock
 from echo_ray.errors import (
     ConflictError,
     EchoError,
@@ -27,37 +25,18 @@ from echo_ray.errors import (
     SnapshotError,
     StoreUnavailable,
 )
-from echo_ray.serve.accounts import ProgressAccounts
-from echo_ray.serve.fetch import Fetch, Fetched
+from echo_ray.serve.bench import FAILURES_IN_A_ROW, RETRY_AFTER_S, Bench
+from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.runner import LeaseOver, SessionRunner
 from echo_ray.serve.segments import Segment
-from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.serve.telemetry import log
-from echo_ray.session.chunk import Chunk
-from echo_ray.session.engine_port import Engine, State
+from echo_ray.session.engine_port import State
 from echo_ray.session.pacing import Demand, Playout, Turn, next_chunk
 from echo_ray.session.records import SessionState
 from echo_ray.session.replay import ControlLog, Verdict, compare
-from echo_ray.storage.interface import Directory
 
 FOLLOW_EVERY_S = 0.05
 """A shadow looks for new commits this often."""
-RETRY_AFTER_S = 0.05
-"""Pause after a store that could not answer; short, for the lease runs meanwhile."""
-FAILURES_IN_A_ROW = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
-    """What all sessions of a replica work with."""
-
-    engine: Engine
-    directory: Directory
-    fetch: Fetch
-    fetchers: Executor
-    writer: SnapshotWriter
-    accounts: ProgressAccounts
-    clock: Clock
 
 
 class Progress:
@@ -69,7 +48,6 @@ class Progress:
         self._state: State | None = None
         self._fetching: Future[Fetched] | None = None
         self._refused: frozenset[str] = frozenset()
-        self._asked_for: int | None = None
         self._log = ControlLog()
         self._digests: Mapping[int, str] = {}
         self._saved: set[int] = set()
@@ -93,18 +71,17 @@ class Progress:
             return None
         if runner.release_as is not None:
             return self._turn(-math.inf, -math.inf)
-        if self._state is None and not runner.rewind:
+        if self._state is None:
             if self._fetching is not None and not self._fetching.done():
                 return None
             return self._turn(-math.inf, runner.arrived_s)
-        return self._turn_with_state()
+        return self._turn_with_state(self._state)
 
-    def _turn_with_state(self) -> Turn | None:
+    def _turn_with_state(self, state: State) -> Turn | None:
         runner, shape = self.runner, self._bench.engine.shape
-        behind = self._state is None or self._state.next_index < runner.committed
-        if runner.rewind or runner.refresh or self._unconfirmed is not None:
+        if runner.refresh or self._unconfirmed is not None:
             return self._turn(-math.inf, runner.arrived_s)
-        if behind:
+        if state.next_index < runner.committed:
             # A replay counts as a stream that began to play when the session arrived: it uses
             # what others leave, and does not make them stall for its sake.
             due_s = runner.arrived_s + self._replayed * shape.chunk_s
@@ -164,8 +141,6 @@ class Progress:
         release_as = runner.begin_release()
         if release_as is not None:
             self._bench.writer.release(runner, release_as)
-        elif runner.rewind:
-            self._drop_state()
         elif self._state is None:
             self._load()
         elif runner.refresh:
@@ -181,30 +156,22 @@ class Progress:
 
     def _drop_state(self) -> None:
         self._state = self._unconfirmed = self._fetching = None
-        self.runner.rewind = False
 
     # Coming back
 
     def _load(self) -> None:
         runner, bench = self.runner, self._bench
         if self._fetching is None:
-            self._asked_for = runner.needed
             self._fetching = bench.fetchers.submit(
-                bench.fetch, runner.session_id, self._asked_for, self._refused
+                bench.fetch, runner.session_id, None, self._refused
             )
             self._fetching.add_done_callback(lambda _: runner.tell())
             return
         fetching, self._fetching = self._fetching, None
         fetched = fetching.result()
         self._refused = fetched.refused
-        needed = runner.needed
-        if needed is not None and needed < fetched.index and needed != self._asked_for:
-            return
         try:
-            if fetched.snapshot is None:
-                state = bench.engine.open(fetched.record.prompt, fetched.record.seed)
-            else:
-                state = bench.engine.load(fetched.snapshot)
+            state = bench.state_of(fetched)
         except SnapshotError as error:
             if fetched.point is None:
                 raise
@@ -223,9 +190,7 @@ class Progress:
         other = record.fingerprint not in (None, self._bench.engine.fingerprint)
         self._diverged = other and record.next_index > 0
         runner.newest_snapshot_at = max((r.created_at for r in fetched.refs), default=None)
-        runner.ring.restart(state.next_index)
-        runner.committed = record.next_index
-        runner.planned = not runner.refresh
+        runner.restart(state.next_index, record.next_index)
         self._look_round(state)
 
     def _refresh(self, state: State) -> None:
@@ -252,16 +217,13 @@ class Progress:
                 self._drop_state()
         elif state.next_index > record.next_index:
             self._drop_state()
-        runner.committed = record.next_index
-        needed, runner.refresh = runner.needed, False
-        runner.rewind = needed is not None and needed < runner.ring.first
-        runner.planned = self._state is not None and not runner.rewind
-        if runner.planned:
+        runner.refreshed(record.next_index)
+        if self._state is not None:
             self._look_round(state)
 
     def _replay(self, state: State) -> None:
         runner, index = self.runner, state.next_index
-        segment = self._step(state, index)
+        segment = self._bench.step(state, self._log)
         self._replayed += 1
         verdict = compare(self._digests, index, segment.chunk.digest)
         self._diverged = verdict is Verdict.DIFFERENT
@@ -290,7 +252,7 @@ class Progress:
         runner, index = self.runner, state.next_index
         entries = self._bench.directory.seal(runner.held(), index)
         self._log.fix(index, entries)
-        segment = self._step(state, index)
+        segment = self._bench.step(state, self._log)
         segment.discontinuity = self._diverged
         self._unconfirmed = segment
         self._commit(state, segment)
@@ -316,24 +278,6 @@ class Progress:
             bench.accounts.first_chunk(now_s - runner.arrived_s, resumed=self._resumed)
         self._save(state)
 
-    def _step(self, state: State, index: int) -> Segment:
-        bench, shape = self._bench, self._bench.engine.shape
-        began_s = bench.clock.monotonic()
-        chunk: Chunk = bench.engine.step(state, self._log.prompts(index))
-        seconds = bench.clock.monotonic() - began_s
-        if chunk.index != index:
-            raise EngineError(f"the engine made chunk {chunk.index} when {index} was asked for")
-        frames = (
-            0 if index == 0 else shape.first_chunk_frames + (index - 1) * shape.frames_per_chunk
-        )
-        return Segment(
-            chunk=chunk,
-            marks=self._log.marks(index),
-            start_frame=frames,
-            start_s=shape.start_s(index),
-            chunk_seconds=seconds,
-        )
-
     def _save(self, state: State) -> None:
         index = state.next_index
         if self.runner.shadow or not state.at_point or index == 0 or index in self._saved:
@@ -354,8 +298,6 @@ class Progress:
         self._failures += 1
         self._bench.accounts.engine_failed(runner.session_id, self._failures, error)
         self._drop_state()
-        if runner.caught_up:
-            runner.needed = None
         refused = isinstance(error, InvalidRequestError)
         if not refused and self._failures < FAILURES_IN_A_ROW:
             self._retry_at_s = self._served_s + RETRY_AFTER_S

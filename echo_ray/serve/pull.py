@@ -167,7 +167,7 @@ class Pull:
     async def _next(self, runner: SessionRunner, index: int) -> Segment:
         while True:
             self._wake.clear()
-            segment = runner.segment(index, self._reader.epoch)
+            segment = runner.segment(self._reader, index)
             held_back = self._reader.bounded and index >= self._reader.want
             if segment is not None and not held_back:
                 return segment

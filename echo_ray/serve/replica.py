@@ -74,6 +74,7 @@ class Generator:
         self._socket = DataSocket(self.host)
         self._door = Door(self._socket.app, ip)
         self.address = self._door.address
+        self._closed = False
 
     def start(self) -> None:
         """Open the door, then tell the directory."""
@@ -86,7 +87,10 @@ class Generator:
             raise UnavailableError(f"replica {self.host.replica_id!r}: a thread is dead or hangs")
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Give every session up at a chunk boundary, then shut the door."""
+        """Give every session up at a chunk boundary, then shut the door. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
         self.host.close(timeout_s)
         self._door.stop()
         self._socket.close()

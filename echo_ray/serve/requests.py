@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -42,7 +43,7 @@ def waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[],
     """A call for any thread that sets `event` on its loop; nothing once the loop is closed."""
 
     def wake() -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(event.set)
 
     return wake
@@ -50,9 +51,10 @@ def waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[],
 
 async def until(
     runner: SessionRunner,
-    probe: Callable[[], T | None],
+    probe: Callable[[Reader], T | None],
     timeout_s: float,
     *,
+    epoch: int = 0,
     start: int | None = None,
 ) -> T:
     """What `probe` answers once it is not None. Raises `UnavailableError` after `timeout_s`.
@@ -60,13 +62,13 @@ async def until(
     Meanwhile the session has a reader that needs chunk `start` and asks for no new ones.
     """
     wake = asyncio.Event()
-    reader = Reader(0, waker(asyncio.get_running_loop(), wake))
+    reader = Reader(epoch, waker(asyncio.get_running_loop(), wake))
     runner.attach(reader, start)
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 wake.clear()
-                found = probe()
+                found = probe(reader)
                 if found is not None:
                     return found
                 await wake.wait()

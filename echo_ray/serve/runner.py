@@ -14,11 +14,9 @@ from echo_ray.clock import Clock
 from echo_ray.config import SessionSection
 from echo_ray.errors import EchoError, Fenced, SegmentBeyondEnd
 from echo_ray.serve.segments import Segment, SegmentRing
-from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.lease import LeaseView
 from echo_ray.session.pacing import idle_verdict, wanted
 from echo_ray.session.records import Lease, OnIdle, SessionRecord, SessionState
-from echo_ray.session.replay import within_reach
 
 
 class LeaseOver(Fenced):
@@ -31,6 +29,8 @@ class Reader:
 
     epoch: int
     wake: Callable[[], None]
+    cursor: int | None = None
+    """The segment it waits for."""
     want: int = 0
     bounded: bool = False
     """Whether it ever said what it wants; until then it gets what is committed and no more."""
@@ -44,8 +44,6 @@ class SessionRunner:
         record: SessionRecord,
         lease: LeaseView | None,
         *,
-        needed: int | None,
-        shape: StreamShape,
         config: SessionSection,
         clock: Clock,
         changed: threading.Condition,
@@ -53,7 +51,6 @@ class SessionRunner:
         self.session_id = record.id
         self.record = record
         self.lease = lease
-        self.needed = needed
         self.config = config
         self.ring = SegmentRing(config.retention_chunks)
         self.committed = record.next_index
@@ -62,8 +59,6 @@ class SessionRunner:
         """Whether `ring.first` and `committed` hold: the point to load from is known."""
         self.refresh = False
         """The engine thread has to read the directory again before anything else."""
-        self.rewind = False
-        """The engine thread has to load an older point, down to `needed`."""
         self.caught_up = False
         self.release_as: SessionState | None = None
         self.releasing = False
@@ -73,7 +68,10 @@ class SessionRunner:
         self._failure: EchoError | None = None
         self._idle_since_s: float | None = self.arrived_s
         self._readers: list[Reader] = []
-        self._shape = shape
+        self._past = SegmentRing(config.retention_chunks)
+        """Segments before the ring that were made again for readers who lag."""
+        self._past_floor = 0
+        """Nothing before this can be made again."""
         self._clock = clock
         self._changed = changed
 
@@ -98,10 +96,10 @@ class SessionRunner:
                 )
             return self.lease.lease
 
-    def adopt(self, lease: LeaseView, record: SessionRecord, needed: int | None) -> None:
+    def adopt(self, lease: LeaseView, record: SessionRecord) -> None:
         """Own the session under another lease; work goes on from the state that is here."""
         with self._changed:
-            self.lease, self.record, self.needed = lease, record, needed
+            self.lease, self.record = lease, record
             self.refresh, self.planned, self.caught_up = True, False, False
             self.release_as = None
             self.arrived_s = self._clock.monotonic()
@@ -169,22 +167,8 @@ class SessionRunner:
             self._idle_since_s = None
             if self._failure is None and not self.going_away:
                 self.release_as = None
-            if start is not None:
-                self._reach(start)
+            reader.cursor = start
             self._tell()
-
-    def _reach(self, start: int) -> None:
-        if not self.planned:
-            self.needed = start if self.needed is None else min(start, self.needed)
-            return
-        near = within_reach(
-            start,
-            next_index=self.committed,
-            lead_chunks=self.config.lead_chunks,
-            point_every=self._shape.point_every,
-        )
-        if start < self.ring.first and near:
-            self.needed, self.rewind, self.planned = start, True, False
 
     def detach(self, reader: Reader) -> None:
         """Forget a reader; the last one starts the idle grace."""
@@ -228,20 +212,24 @@ class SessionRunner:
         """(next index, first index) once they are known. Raises as `check`."""
         with self._changed:
             self.check(epoch)
-            return (self.committed, self.ring.first) if self.planned else None
+            return (self.committed, self._oldest()) if self.planned else None
 
-    def segment(self, index: int, epoch: int) -> Segment | None:
+    def segment(self, reader: Reader, index: int) -> Segment | None:
         """Segment `index`, or None if it is not there yet. Raises as `check`, `SegmentExpired`."""
         with self._changed:
-            self.check(epoch)
+            self.check(reader.epoch)
+            reader.cursor = index
             if not self.planned or index >= self.ring.next:
                 return None
-            return self.ring.get(index)
+            if index >= self.ring.first:
+                return self.ring.get(index)
+            past = self._past.kept(index)
+            return self.ring.get(index) if past is None and index < self._past_floor else past
 
-    def committed_segment(self, index: int, epoch: int) -> Segment | None:
+    def committed_segment(self, reader: Reader, index: int) -> Segment | None:
         """As `segment`, but refuses an index that is not committed: `SegmentBeyondEnd`."""
         with self._changed:
-            plan = self.plan(epoch)
+            plan = self.plan(reader.epoch)
             if plan is not None and index >= plan[0]:
                 raise SegmentBeyondEnd(
                     f"segment {index} does not exist yet; the next one is {plan[0]}",
@@ -249,7 +237,7 @@ class SessionRunner:
                 )
             if plan is not None and index < plan[1]:
                 self.ring.get(index)
-            return self.segment(index, epoch)
+            return self.segment(reader, index)
 
     def caught_up_index(self) -> int | None:
         """The next index once every committed chunk has been made here. Raises how it ended."""
@@ -258,11 +246,64 @@ class SessionRunner:
                 raise self.ended
             return self.committed if self.caught_up else None
 
+    # What the engine thread tells
+
+    def restart(self, index: int, committed: int) -> None:
+        """A point is loaded: segments come from `index` on; `committed` is the next chunk."""
+        with self._changed:
+            self.ring.restart(index)
+            self.committed = committed
+            self.planned = not self.refresh
+
+    def refreshed(self, committed: int) -> None:
+        """The directory was read again after a change of the lease."""
+        with self._changed:
+            self.committed, self.refresh = committed, False
+            self.planned = True
+
     def publish(self, segment: Segment, committed: int) -> None:
         """Let readers have a committed segment."""
         with self._changed:
             self.ring.put(segment)
             self.committed = max(self.committed, committed)
+            self._tell()
+
+    # The past
+
+    def _oldest(self) -> int:
+        made_again = max(self._past_floor, self.committed - self.config.retention_chunks)
+        return max(0, min(self.ring.first, made_again))
+
+    def past_wanted(self) -> int | None:
+        """The oldest segment before the ring that a reader waits for; None if nobody does."""
+        with self._changed:
+            if self.ended is not None or self.releasing or not self.planned or self.shadow:
+                return None
+            cursors = [r.cursor for r in self._readers if r.cursor is not None]
+            low = [c for c in cursors if self._past_floor <= c < self.ring.first]
+            if not low:
+                self._past = SegmentRing(self.config.retention_chunks)
+                return None
+            if not self._past.first <= min(low) <= self._past.next:
+                self._past.restart(min(low))
+            return min(low)
+
+    def past_next(self) -> int | None:
+        """The segment to make again next; None once those before the ring are all there."""
+        with self._changed:
+            return self._past.next if self._past.next < self.ring.first else None
+
+    def publish_past(self, segment: Segment) -> None:
+        """Let readers have a segment that was made again."""
+        with self._changed:
+            if segment.chunk.index == self._past.next:
+                self._past.put(segment)
+            self._tell()
+
+    def past_begins_at(self, index: int | None) -> None:
+        """Nothing before `index` (None: before the ring) can be made again."""
+        with self._changed:
+            self._past_floor = self.ring.first if index is None else index
             self._tell()
 
     def tell(self) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from echo_ray.clock import Clock
 from echo_ray.errors import ConflictError, Draining, EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
-from echo_ray.serve.runner import SessionRunner
+from echo_ray.serve.runner import LeaseOver, SessionRunner
 from echo_ray.serve.telemetry import log
 from echo_ray.session import snapshot as codec
 from echo_ray.session.records import SessionState, SnapshotRef
@@ -117,6 +117,8 @@ class SnapshotWriter:
             )
             self._store.put(session_id, ref.id, blob)
             self._record(job.runner, ref)
+        except LeaseOver:
+            return
         except Fenced as error:
             self._accounts.fenced(session_id, error)
             return

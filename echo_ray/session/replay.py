@@ -41,15 +41,6 @@ def points_to_try(
     return (*covering, *later, *far, None)
 
 
-def within_reach(index: int, *, next_index: int, lead_chunks: int, point_every: int) -> bool:
-    """Whether a reader's missing past chunk is worth replaying again in a running session.
-
-    It is after a loss of the owner, when readers that lag a little ask the new one for chunks just
-    before those it made; a viewer who wants old ones must not stall the others.
-    """
-    return next_index - (lead_chunks + max(1, point_every)) <= index < next_index
-
-
 @dataclass(frozen=True, slots=True)
 class EventMarks:
     """What a chunk's metadata says of control events."""

@@ -9,7 +9,6 @@ from echo_ray.session.replay import (
     compare,
     points_to_try,
     to_prune,
-    within_reach,
 )
 
 
@@ -66,14 +65,6 @@ def test_a_plan_always_ends_somewhere_and_never_beyond_the_next_chunk(
     assert points
     assert 0 in points
     assert all(p <= next_index for p in points)
-
-
-def test_only_the_near_past_is_worth_a_second_replay():
-    near = {"next_index": 100, "lead_chunks": 2, "point_every": 8}
-    assert within_reach(99, **near)
-    assert within_reach(90, **near)
-    assert not within_reach(89, **near)
-    assert not within_reach(100, **near)
 
 
 def log(*entries):

@@ -1,0 +1,124 @@
+"""Past segments of a running session, made again beside it for readers who ask for them.
+
+A replica that took a session over has only what came after the point it loaded. Older segments
+within the retention are replayed here from an older point, with a state of their own, so that the
+session itself never waits for them.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+
+from echo_ray.errors import SnapshotError, StoreUnavailable
+from echo_ray.serve.bench import FAILURES_IN_A_ROW, RETRY_AFTER_S, Bench
+from echo_ray.serve.fetch import Fetched
+from echo_ray.serve.runner import SessionRunner
+from echo_ray.session.engine_port import State
+from echo_ray.session.pacing import Turn
+from echo_ray.session.replay import ControlLog, Verdict, compare
+
+
+class Backfill:
+    """The engine thread's side of one session's past."""
+
+    def __init__(self, runner: SessionRunner, bench: Bench) -> None:
+        self._runner = runner
+        self._bench = bench
+        self._since_s = 0.0
+        self._fetching: Future[Fetched] | None = None
+        self._refused: frozenset[str] = frozenset()
+        self._fetched: Fetched | None = None
+        self._controls = ControlLog()
+        self._state: State | None = None
+        self._made = 0
+        self._failures = 0
+        self._retry_at_s = -math.inf
+        self._served_s = -math.inf
+
+    def turn(self) -> Turn | None:
+        """When the past needs the engine thread next; None while nobody asks for any."""
+        wanted = self._runner.past_wanted()
+        if wanted is None:
+            self._forget()
+            return None
+        if self._fetching is not None and not self._fetching.done():
+            return None
+        if self._runner.past_next() is None:
+            return None
+        if self._fetched is None and self._fetching is None:
+            self._since_s, self._made = self._bench.clock.monotonic(), 0
+        # Like a stream that began to play when it was asked for.
+        due_s = self._since_s + self._made * self._bench.engine.shape.chunk_s
+        key = f"{self._runner.session_id}/past"
+        return Turn(key, self._retry_at_s, due_s, self._served_s)
+
+    def work(self) -> None:
+        """Fetch, load, or make one chunk again."""
+        self._served_s = self._bench.clock.monotonic()
+        try:
+            if self._state is None:
+                self._load()
+            else:
+                self._replay(self._state)
+        except StoreUnavailable as error:
+            self._bench.accounts.store_failed(self._runner.session_id, "backfill", error)
+            self._retry_at_s = self._served_s + RETRY_AFTER_S
+        except Exception as error:
+            self._failed(error)
+
+    def _forget(self) -> None:
+        self._state = self._fetched = self._fetching = None
+
+    def _load(self) -> None:
+        runner, bench, target = self._runner, self._bench, self._runner.past_next()
+        if target is None:
+            return
+        if self._fetching is None:
+            self._fetching = bench.fetchers.submit(
+                bench.fetch, runner.session_id, target, self._refused
+            )
+            self._fetching.add_done_callback(lambda _: runner.tell())
+            return
+        fetching, self._fetching = self._fetching, None
+        fetched = fetching.result()
+        self._refused = fetched.refused
+        if fetched.index > target:
+            runner.past_begins_at(fetched.index)
+            return
+        try:
+            self._state = bench.state_of(fetched)
+        except SnapshotError as error:
+            if fetched.point is None:
+                raise
+            self._refused |= {fetched.point.id}
+            bench.accounts.snapshot_refused(runner.session_id, fetched.point.id, error)
+            return
+        self._fetched, self._controls = fetched, ControlLog(fetched.entries)
+
+    def _replay(self, state: State) -> None:
+        runner, fetched, index = self._runner, self._fetched, state.next_index
+        needed = runner.past_next()
+        known = fetched is not None and index < fetched.record.next_index
+        if fetched is None or not known or (needed is not None and index > needed):
+            # The log that was fetched ends here, or somebody asks for what lies further back.
+            self._forget()
+            return
+        segment = self._bench.step(state, self._controls)
+        self._made += 1
+        self._failures = 0
+        self._bench.accounts.replayed()
+        if compare(fetched.digests, index, segment.chunk.digest) is Verdict.DIFFERENT:
+            segment.discontinuity = True
+            self._bench.accounts.mismatch(
+                runner.session_id, index, fetched.digests[index], segment.chunk.digest
+            )
+        runner.publish_past(segment)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._bench.accounts.engine_failed(self._runner.session_id, self._failures, error)
+        self._forget()
+        self._retry_at_s = self._served_s + RETRY_AFTER_S
+        if self._failures >= FAILURES_IN_A_ROW:
+            self._runner.past_begins_at(None)

@@ -1,0 +1,58 @@
+"""What all sessions of a replica work with on the engine thread, and one step of a session."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from echo_ray.clock import Clock
+from echo_ray.errors import EngineError
+from echo_ray.serve.accounts import ProgressAccounts
+from echo_ray.serve.fetch import Fetch, Fetched
+from echo_ray.serve.segments import Segment
+from echo_ray.serve.snapshot_writer import SnapshotWriter
+from echo_ray.session.engine_port import Engine, State
+from echo_ray.session.replay import ControlLog
+from echo_ray.storage.interface import Directory
+
+RETRY_AFTER_S = 0.05
+"""Pause after a store that could not answer; short, for the lease runs meanwhile."""
+FAILURES_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Engine, stores, threads and accounts of one replica."""
+
+    engine: Engine
+    directory: Directory
+    fetch: Fetch
+    fetchers: Executor
+    writer: SnapshotWriter
+    accounts: ProgressAccounts
+    clock: Clock
+
+    def state_of(self, fetched: Fetched) -> State:
+        """The state at the point that was fetched. Raises `SnapshotError`, `PromptError`."""
+        if fetched.snapshot is None:
+            return self.engine.open(fetched.record.prompt, fetched.record.seed)
+        return self.engine.load(fetched.snapshot)
+
+    def step(self, state: State, controls: ControlLog) -> Segment:
+        """Make the state's next chunk. Whatever is raised, the state is lost."""
+        index, shape = state.next_index, self.engine.shape
+        began_s = self.clock.monotonic()
+        chunk = self.engine.step(state, controls.prompts(index))
+        seconds = self.clock.monotonic() - began_s
+        if chunk.index != index:
+            raise EngineError(f"the engine made chunk {chunk.index} when {index} was asked for")
+        before = (
+            0 if index == 0 else shape.first_chunk_frames + (index - 1) * shape.frames_per_chunk
+        )
+        return Segment(
+            chunk=chunk,
+            marks=controls.marks(index),
+            start_frame=before,
+            start_s=shape.start_s(index),
+            chunk_seconds=seconds,
+        )
