@@ -96,7 +96,7 @@ def examine(viewing: Viewing, truth: list[Chunk], shape: StreamShape) -> Finding
         largest_gap_s=max(gaps),
         stall_s=stall_seconds(viewing, shape),
         lost=len(set(expected) - set(seen)),
-        duplicated=len(seen) - len(set(seen)) + sum(a >= b for a, b in pairwise(seen)),
+        duplicated=len(seen) - len(set(seen)) + sum(a > b for a, b in pairwise(seen)),
         differing=differing,
         owners=len(set(viewing.owners)),
     )
