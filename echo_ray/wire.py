@@ -339,14 +339,6 @@ def _named(kind: type[Message]) -> Iterator[tuple[Field[Any], str]]:
         yield f, f.metadata.get("json", f.name)
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _flag(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
 def _index(value: object) -> int | None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole and 0 <= value <= MAX_INDEX else None  # type: ignore[operator,return-value]
@@ -363,10 +355,6 @@ def _texts(value: object) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def _mapping(value: object) -> Mapping[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
 def _event(value: object) -> Event | None:
     if not isinstance(value, dict) or set(value) != {"prompt"}:
         return None
@@ -374,12 +362,12 @@ def _event(value: object) -> Event | None:
 
 
 _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
-    "str": (_text, "a string"),
-    "bool": (_flag, "true or false"),
+    "str": (lambda v: v if isinstance(v, str) else None, "a string"),
+    "bool": (lambda v: v if isinstance(v, bool) else None, "true or false"),
     "int": (_index, f"a whole number from 0 to {MAX_INDEX}"),
     "float": (_number, "a number"),
     "tuple[str, ...]": (_texts, "a list of strings"),
-    "Mapping[str, Any]": (_mapping, "an object"),
+    "Mapping[str, Any]": (lambda v: v if isinstance(v, dict) else None, "an object"),
     "Event": (_event, 'an object {"prompt": string}'),
 }
 

@@ -54,7 +54,7 @@ class Fetched:
     headers: dict[str, str]
 
 
-class ReplicaUnreachable(UnavailableError):
+class _Unreachable(Exception):
     """Nobody listens at the replica's address, or the connection broke."""
 
 
@@ -179,7 +179,7 @@ class Front:
     async def adopt(self, session_id: str) -> Owner:
         """Make sure that somebody generates the session, with or without readers."""
         owner = await self.owners.locate(session_id)
-        await self.ask(owner, "POST", f"/v1/own/{session_id}", epoch=owner.epoch)
+        await self.ask(owner, f"/v1/own/{session_id}", epoch=owner.epoch)
         return owner
 
     async def segment(self, session_id: str, index: int, fmt: str) -> Fetched:
@@ -196,14 +196,13 @@ class Front:
         for attempt in range(FETCH_TRIES):
             owner = await self.owners.locate(session_id, failed=failed)
             try:
-                answer = await self.ask(
+                answer = await self._request(
                     owner,
                     "GET",
                     f"/v1/segments/{session_id}/{index}",
-                    epoch=owner.epoch,
-                    format=fmt,
+                    {"epoch": owner.epoch, "format": fmt},
                 )
-            except ReplicaUnreachable:
+            except _Unreachable:
                 failed = owner
                 continue
             except Fenced:
@@ -217,19 +216,32 @@ class Front:
         )
 
     async def ask(
-        self, owner: Owner, method: str, path: str, *, timeout_s: float | None = None, **query: Any
+        self, owner: Owner, path: str, *, timeout_s: float | None = None, **query: Any
     ) -> httpx.Response:
-        """Call a replica. Raises its `EchoError`, or `UnavailableError` if it does not answer."""
+        """POST to a replica. Raises its `EchoError`, or `UnavailableError` without an answer."""
+        try:
+            return await self._request(owner, "POST", path, query, timeout_s)
+        except _Unreachable as e:
+            raise UnavailableError(
+                f"replica {owner.replica_id} cannot be reached: {e}; retry", retry_after_s=1.0
+            ) from e
+
+    async def _request(
+        self,
+        owner: Owner,
+        method: str,
+        path: str,
+        query: dict[str, Any],
+        timeout_s: float | None = None,
+    ) -> httpx.Response:
         timeout = self.http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
         try:
             answer = await self.http.request(
                 method, f"http://{owner.address}{path}", params=query, timeout=timeout
             )
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.NetworkError) as e:
+        except (httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as e:
             self.owners.avoid(owner.replica_id)
-            raise ReplicaUnreachable(
-                f"replica {owner.replica_id} cannot be reached: {e!r}; retry", retry_after_s=1.0
-            ) from e
+            raise _Unreachable(repr(e)) from e
         except httpx.HTTPError as e:
             raise UnavailableError(
                 f"replica {owner.replica_id} does not answer: {e!r}; retry", retry_after_s=1.0

@@ -72,7 +72,7 @@ async def _target(front: Front, record: SessionRecord, to: str | None) -> Replic
 
 async def _hand_over(front: Front, record: SessionRecord, target: ReplicaRecord) -> Owner:
     shadow = Owner(record.id, target.id, target.address, record.epoch)
-    await front.ask(shadow, "POST", f"/v1/prepare/{record.id}", timeout_s=PREPARE_TIMEOUT_S)
+    await front.ask(shadow, f"/v1/prepare/{record.id}", timeout_s=PREPARE_TIMEOUT_S)
     try:
         owner = await front.owners.claim(record, target)
     except Fenced as e:
@@ -81,7 +81,7 @@ async def _hand_over(front: Front, record: SessionRecord, target: ReplicaRecord)
         ) from e
     try:
         # Without viewers nobody else would tell the new owner.
-        await front.ask(owner, "POST", f"/v1/own/{record.id}", epoch=owner.epoch)
+        await front.ask(owner, f"/v1/own/{record.id}", epoch=owner.epoch)
     except EchoError as e:
         # The move stands; viewers' pulls and the sweep look after the session from here.
         log(logging.WARNING, "own_failed", session=record.id, reason=e.message)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from echo_ray.clock import Clock
 from echo_ray.config import EchoConfig
-from echo_ray.errors import ConflictError, Fenced, NoReplica, SessionClosed
+from echo_ray.errors import Fenced, NoReplica, SessionClosed
 from echo_ray.session.placement import admit, best_replica
 from echo_ray.session.records import Pace, ReplicaRecord, SessionRecord, SessionState
 from echo_ray.storage.interface import Directory
@@ -27,7 +27,7 @@ JITTER_S = 0.04
 CLAIM_TRIES = 5
 
 
-class SessionPaused(ConflictError):
+class SessionPaused(Exception):
     """Somebody paused the session on purpose; it waits to be resumed. Never reaches a client."""
 
 
