@@ -88,6 +88,8 @@ class FakeReplica:
         """Segments before this are expired here."""
         self.silent: set[str] = set()
         self.refuse: EchoError | None = None
+        self.refuse_only: set[str] = set()
+        """Sessions that `refuse` is for; empty means all."""
         self.no_commits = False
         self.pulls: list[tuple[str, str, int]] = []
         """(session, format, from) of every pull ever accepted."""
@@ -251,7 +253,7 @@ class FakeReplica:
         fmt, index = query["format"], int(query["from"])
         self.pulls.append((sid, fmt, index))
         try:
-            if self.refuse is not None:
+            if self.refuse is not None and sid in (self.refuse_only or {sid}):
                 raise self.refuse
             session = self._run(sid, int(query["epoch"]))
             if index < self.oldest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from echo_ray.clock import Clock
@@ -66,13 +66,15 @@ class Owners:
         failed: Owner | None = None,
         last_epoch: int | None = None,
         wake: bool = True,
+        avoid: Collection[str] = (),
     ) -> Owner:
         """The session's owner, claiming the session for the best live replica if it has none.
 
         `failed`: the owner that just failed this reader; while the record still names it, it
         counts as none. `last_epoch`: the epoch followed so far; a session paused under it was
         paused for want of readers, and there is one. A session paused by anybody else is woken
-        only with `wake`, otherwise `SessionPaused` is raised. Raises `SessionNotFound`,
+        only with `wake`, otherwise `SessionPaused` is raised. `avoid`: replicas that refused this
+        session. Raises `SessionNotFound`,
         `SessionClosed`, `NoReplica`, `CapacityError`.
         """
         async with self._lock(session_id):
@@ -90,7 +92,7 @@ class Owners:
                     replicas,
                     model=record.model,
                     cap=self._config.limits.sessions_per_replica,
-                    avoid=self._avoided_now(),
+                    avoid=self._avoided_now().union(avoid),
                     pending=self._pending(replicas),
                 )
                 try:

@@ -14,6 +14,7 @@ import logging
 import math
 import random
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -24,18 +25,19 @@ from echo_ray.config import SessionSection
 from echo_ray.errors import (
     EchoError,
     Fenced,
+    InvalidRequestError,
     MessageError,
     NotFoundError,
-    SegmentBeyondEnd,
     SegmentExpired,
     SessionClosed,
     UnavailableError,
 )
-from echo_ray.serve.ownership import Owner, Owners, SessionPaused
+from echo_ray.serve.ownership import AVOID_S, Owner, Owners, SessionPaused
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.wire import error_from, parse_object
 
-TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, SegmentBeyondEnd)
+TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, InvalidRequestError)
+"""No other replica would answer otherwise, today or tomorrow."""
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.05
 MAX_DELAY_S = 1.0
@@ -81,10 +83,22 @@ class Sink(Protocol):
         ...
 
 
-class OwnerLost(Exception):
-    """The pull ended; `shun` if the replica is to get no sessions for a while."""
+class Shun(Enum):
+    """Who is to avoid a replica for a while after a pull from it ended."""
 
-    def __init__(self, reason: str, *, shun: bool, error: EchoError | None = None) -> None:
+    NOBODY = auto()
+    SESSION = auto()
+    """It refused this session; others may be fine there."""
+    ALL = auto()
+    """It cannot be reached, says nothing, or is leaving."""
+
+
+class OwnerLost(Exception):
+    """The pull ended."""
+
+    def __init__(
+        self, reason: str, *, shun: Shun = Shun.ALL, error: EchoError | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.shun = shun
@@ -116,6 +130,7 @@ class Upstream:
         self._socket: ClientConnection | None = None
         self._poked = asyncio.Event()
         self._want = asyncio.Event()
+        self._shunned: dict[str, float] = {}
         self._attempts = 0
         self._lost_at: float | None = None
         self._told_at = clock.monotonic()
@@ -144,6 +159,7 @@ class Upstream:
                     failed=failed,
                     last_epoch=last_epoch,
                     wake=self._sink.waking(),
+                    avoid=self._shunned_now(),
                 )
                 failed, last_epoch, paused = owner, owner.epoch, False
                 await self._pull(owner)
@@ -183,7 +199,7 @@ class Upstream:
                     proxy=None,
                 )
         except (OSError, TimeoutError, WebSocketException) as e:
-            raise OwnerLost(f"refused: {e!r}", shun=True) from e
+            raise OwnerLost(f"refused: {e!r}") from e
         self._socket = socket
         wants = asyncio.create_task(self._send_wants(socket))
         try:
@@ -191,7 +207,9 @@ class Upstream:
                 await self._read(socket, owner)
         except ConnectionClosed as e:
             fenced = e.rcvd is not None and e.rcvd.code == Fenced.ws_close
-            raise OwnerLost("fenced" if fenced else f"broke: {e}", shun=not fenced) from e
+            raise OwnerLost(
+                "fenced" if fenced else f"broke: {e}", shun=Shun.NOBODY if fenced else Shun.ALL
+            ) from e
         finally:
             self._socket = None
             wants.cancel()
@@ -203,7 +221,7 @@ class Upstream:
         while True:
             text = await self._hear(socket)
             if isinstance(text, bytes):
-                raise OwnerLost("sent a segment without metadata", shun=True)
+                raise OwnerLost("sent a segment without metadata")
             body = _parse(text)
             match body.get("type"):
                 case "hello":
@@ -212,7 +230,7 @@ class Upstream:
                 case "video.chunk_metadata":
                     await self._segment(socket, text, body)
                 case "session.going_away":
-                    raise OwnerLost("going away", shun=True)
+                    raise OwnerLost("going away")
                 case "beat":
                     pass
                 case _ if "code" in body and "message" in body:
@@ -222,12 +240,12 @@ class Upstream:
         data = await self._hear(socket)
         index = body.get("chunk_index")
         if not isinstance(data, bytes) or len(data) != body.get("byte_length"):
-            raise OwnerLost(f"chunk {index!r}: metadata and segment do not fit", shun=True)
+            raise OwnerLost(f"chunk {index!r}: metadata and segment do not fit")
         wanted = self._sink.next_index()
         if isinstance(index, int) and 0 <= index < wanted:
             return
         if index != wanted:
-            raise OwnerLost(f"sent chunk {index!r} where {wanted} was due", shun=True)
+            raise OwnerLost(f"sent chunk {index!r} where {wanted} was due")
         await self._sink.deliver(WireSegment(index, text, data))
         self._attempts = 0
         now = self._clock.monotonic()
@@ -249,7 +267,7 @@ class Upstream:
                     return await socket.recv()
             except TimeoutError:
                 continue
-        raise OwnerLost(f"silent for {self._section.silence_s} s", shun=True)
+        raise OwnerLost(f"silent for {self._section.silence_s} s")
 
     async def _send_wants(self, socket: ClientConnection) -> None:
         sent: int | None = None
@@ -265,9 +283,8 @@ class Upstream:
     def _refused(self, error: EchoError) -> None:
         if isinstance(error, TERMINAL):
             raise error
-        raise OwnerLost(
-            f"refused: {error.message}", shun=not isinstance(error, Fenced), error=error
-        )
+        shun = Shun.NOBODY if isinstance(error, Fenced) else Shun.SESSION
+        raise OwnerLost(f"refused: {error.message}", shun=shun, error=error)
 
     def _note_loss(self, owner: Owner, lost: OwnerLost) -> None:
         log(
@@ -278,8 +295,10 @@ class Upstream:
             epoch=owner.epoch,
             reason=lost.reason,
         )
-        if lost.shun:
+        if lost.shun is Shun.ALL:
             self._owners.avoid(owner.replica_id)
+        elif lost.shun is Shun.SESSION:
+            self._shunned[owner.replica_id] = self._clock.monotonic() + AVOID_S
         if self._lost_at is None:
             self._lost_at = self._clock.monotonic()
             self._telemetry.count("failovers", cause=_cause(lost))
@@ -287,6 +306,11 @@ class Upstream:
             lost.error
             or UnavailableError(f"replica {owner.replica_id}: {lost.reason}", retry_after_s=1.0)
         )
+
+    def _shunned_now(self) -> set[str]:
+        now = self._clock.monotonic()
+        self._shunned = {rid: until for rid, until in self._shunned.items() if until > now}
+        return set(self._shunned)
 
     def _complain(self, error: EchoError) -> None:
         now = self._clock.monotonic()
@@ -311,7 +335,7 @@ def _parse(text: str) -> dict[str, Any]:
     try:
         return parse_object(text)
     except MessageError as e:
-        raise OwnerLost(f"sent what is no message: {e.message}", shun=True) from e
+        raise OwnerLost(f"sent what is no message: {e.message}") from e
 
 
 def _cause(lost: OwnerLost) -> str:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from router_rig import Rig, eventually, run
 
-from echo_ray.errors import CapacityError, EngineError
+from echo_ray.errors import CapacityError, EngineError, PromptError
 
 
 def test_a_stream_without_trouble_is_in_order_and_exact() -> None:
@@ -247,5 +247,38 @@ def test_a_session_that_continues_is_adopted_without_viewers() -> None:
         survivor = rig.replica("c")
         await eventually(lambda: sid in survivor.owned)
         assert idle not in survivor.owned
+
+    run(test)
+
+
+def test_a_session_that_every_replica_refuses_harms_no_other() -> None:
+    async def test(rig: Rig) -> None:
+        rig.router()
+        for name in "ab":
+            rig.replica(name)
+        bad = await rig.create()
+        good = await rig.create()
+        for fake in rig.replicas.values():
+            fake.refuse, fake.refuse_only = EngineError("broken"), {bad}
+        async with rig.watch(bad, "&from=0"), rig.watch(good, "&from=0") as viewer:
+            await viewer.until(3)
+            both = {sid for fake in rig.replicas.values() for sid, _, _ in fake.pulls}
+            assert both == {bad, good}
+            await eventually(lambda: rig.directory.get(bad).epoch == 2)
+            await rig.owner(good).go_away()
+            await viewer.until(10)
+        viewer.check(0)
+
+    run(test)
+
+
+def test_a_prompt_that_the_model_refuses_ends_the_stream_with_its_reason() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replica("a").refuse = PromptError("no words known", param="prompt")
+        rig.router()
+        sid = await rig.create()
+        async with rig.watch(sid, "&from=0") as viewer:
+            assert await viewer.until_closed() == 1008
+        assert viewer.messages[-1]["code"] == "prompt_invalid"
 
     run(test)
