@@ -282,14 +282,14 @@ class FakeReplica:
                 if session.fenced:
                     await ws.close(Fenced.ws_close)
                     return
-                if index < session.next:
+                if index < self._reach(session, ws):
                     metadata, data = self.segment(session.lease, index, fmt)
                     await ws.send_json(metadata)
                     await ws.send_bytes(data)
                     index += 1
                     continue
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news(session, index), self.section.beat_s)
+                    await asyncio.wait_for(self._news(session, ws, index), self.section.beat_s)
                 if self._awake.is_set() and session.lease.session_id not in self.silent:
                     await ws.send_json({"type": "beat"})
         finally:
@@ -297,8 +297,12 @@ class FakeReplica:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
 
-    async def _news(self, session: Session, index: int) -> None:
-        while session.next <= index and not session.fenced:
+    def _reach(self, session: Session, ws: WebSocket) -> int:
+        """Where this reader's segments end: with its own want, once it has said one."""
+        return min(session.next, session.wants.get(id(ws), session.next))
+
+    async def _news(self, session: Session, ws: WebSocket, index: int) -> None:
+        while self._reach(session, ws) <= index and not session.fenced:
             session.news.clear()
             await session.news.wait()
 
@@ -308,6 +312,7 @@ class FakeReplica:
             if message["type"] == "want":
                 session.wants[id(ws)] = message["until"]
                 session.changed.set()
+                session.news.set()
 
     async def _refuse(self, ws: WebSocket, error: EchoError) -> None:
         await ws.send_json({**error.to_dict(), "type": "error"})

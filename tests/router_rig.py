@@ -48,7 +48,7 @@ class Rig:
         self.replicas: dict[str, FakeReplica] = {}
         self.routers: list[RouterService] = []
         self.viewers: list[Watch] = []
-        self.http = httpx.AsyncClient(trust_env=False, timeout=10)
+        self.http = httpx.AsyncClient(trust_env=False, timeout=10, verify=False)
 
     def replica(self, name: str, **script: Any) -> FakeReplica:
         fake = FakeReplica(name, self.directory, section=self.config.session, **script)
