@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,10 +101,12 @@ async def owner_pid(client: EchoClient, session_id: str) -> tuple[str, int]:
 async def take(client: EchoClient, session_id: str, start: int, count: int) -> list[Segment]:
     """The next `count` segments from `start` on, as any viewer gets them."""
     taken = []
-    async for segment in client.segments(session_id, start=start, format="raw"):
-        taken.append(segment)
-        if len(taken) == count:
-            break
+    stream = client.segments(session_id, start=start, format="raw")
+    async with aclosing(stream):
+        async for segment in stream:
+            taken.append(segment)
+            if len(taken) == count:
+                break
     return taken
 
 
