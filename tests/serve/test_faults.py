@@ -10,6 +10,7 @@ from contextlib import aclosing
 
 import httpx
 import pytest
+from browser import CHROMIUM, Browser
 from service import (
     Service,
     owner_pid,
@@ -187,3 +188,31 @@ def test_metrics_tell_what_happened(service: Service) -> None:
         assert name in text
     sessions = httpx.get(f"{service.url}/v1/sessions").json()["sessions"]
     assert not [s["id"] for s in sessions if s["id"] in text]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_shows_a_stream_across_its_owner_s_death(
+    service: Service, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    page = Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        page.open(service.url)
+        page.fill("prompt", PROMPT)
+        page.click("#start-form button")
+        page.wait_for("Number(document.getElementById('received').textContent) >= 6", limit_s=40)
+        replicas = httpx.get(f"{service.url}/v1/admin/replicas").json()["replicas"]
+        owner = page.text("owner")
+        os.kill(next(r["pid"] for r in replicas if r["id"] == owner), signal.SIGKILL)
+        page.wait_for(f"document.getElementById('owner').textContent != '{owner}'", limit_s=30)
+        page.fill("switch", OTHER)
+        page.click("#switch-form button")
+        page.wait_for(f"document.getElementById('effect').textContent == '{OTHER}'", limit_s=40)
+        page.wait_for("document.getElementById('video').currentTime > 8", limit_s=40)
+        page.screenshot(service.folder / "page.png")
+        assert page.text("handovers") == "1"
+        assert page.text("reconnects") == "0"
+        assert page.complaints == []
+    finally:
+        page.close()
+    asyncio.run(wait_for_replicas(service, 2))
