@@ -243,7 +243,10 @@ def with_overrides(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[
             if not isinstance(child, dict):
                 raise ConfigError(f"{key}: {parent} is a value, not a section", param=key)
             node = child
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{key}: {text!r} is not a value: {e}", param=key) from e
     return result
 
 

@@ -29,8 +29,16 @@ def build(args: Mapping[str, Any]) -> Application:
     return application(args)
 
 
-def application(args: Mapping[str, Any], *, engine: str = ENGINE) -> Application:
-    """The same with another engine behind the replicas: `engine` is `module:function`."""
+def application(
+    args: Mapping[str, Any],
+    *,
+    engine: str = ENGINE,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Application:
+    """The same with another engine behind the replicas: `engine` is `module:function`.
+
+    `options`: the `deployments` of a Serve config file by name, where no Serve reads that file.
+    """
     config = from_mapping(EchoConfig, args)
     load_preset(config.model.preset)
     if config.storage.backend == "memory":
@@ -43,8 +51,22 @@ def application(args: Mapping[str, Any], *, engine: str = ENGINE) -> Application
     path = Path(config.storage.path).expanduser().absolute()
     plain = {**args, "storage": {**args.get("storage", {}), "path": str(path)}}
     # Serve deploys what its root binds, so the one is handed to the other, which ignores it.
-    router = _deployment(Router).bind(plain)
-    return _deployment(GeneratorReplica).bind(plain, router, engine=engine)
+    sized = _sized(options or {})
+    router = sized["Router"].bind(plain)
+    return sized["GeneratorReplica"].bind(plain, router, engine=engine)
+
+
+def _sized(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Deployment]:
+    """Both deployments by name, with their options."""
+    sized = {d.name: d for d in (_deployment(Router), _deployment(GeneratorReplica))}
+    for name, chosen in options.items():
+        if name not in sized:
+            raise ConfigError(f"deployments: {name!r} is unknown; known: {', '.join(sized)}")
+        try:
+            sized[name] = sized[name].options(**chosen)
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"deployments: {name}: {e}", param=name) from e
+    return sized
 
 
 def _deployment(decorated: object) -> Deployment:

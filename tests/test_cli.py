@@ -1,0 +1,215 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from echo_ray import __version__
+from echo_ray.cli import main
+from echo_ray.commands.serve import check_port, default_config, read_plan
+from echo_ray.errors import ConfigError, ModelUnknown
+from echo_ray.serve.app import application
+from echo_ray.session.snapshot import Buffer, Snapshot, encode
+
+ROOT = Path(__file__).parents[1]
+
+
+def refused(capsys, *words):
+    """What a refused command says; it must exit with 2 and print nothing else."""
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.strip()
+
+
+def write_config(path, **changes):
+    data = yaml.safe_load(default_config().read_text())
+    data["applications"][0].update(changes)
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    script = (
+        "import sys; from echo_ray.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'ray', 'torch', 'av', 'numpy', 'fastapi'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("serve", "play", "demo", "parity", "snapshot"):
+        assert f"\n  {name} " in done.stdout
+    assert "demo_report" not in done.stdout
+
+
+def test_version_and_no_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"echo-ray {__version__}\n"
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().err
+
+
+def test_unknown_commands_are_refused(capsys):
+    said = refused(capsys, "sreve")
+    assert said == "echo-ray: config_invalid: command 'sreve' is unknown (did you mean serve?)"
+    assert "known: " in refused(capsys, "demo_report_of_nothing_known")
+    assert "unknown" in refused(capsys, "demo_report")
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
+
+    monkeypatch.setattr("echo_ray.commands.serve.read_plan", missing)
+    assert "needs the package ray" in refused(capsys, "serve")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("htpt.port=1", "htpt: unknown (did you mean http?)"),
+        ("http.prot=1", "http.prot: unknown (did you mean port?)"),
+        ("http.port=abc", "http.port: expected int, got 'abc'"),
+        ("http.port=70000", "http.port: 70000 is not allowed: 0 to 65535"),
+        ("http.port", "write it as section.key=value"),
+        ("http.port=[1", "not a value"),
+        ("model.preset=gpt", "model 'gpt' is unknown; known: echo-tiny"),
+        ("http.host=999.1.1.1", "http.port: 999.1.1.1:8000 is"),
+    ],
+)
+def test_serve_refuses_settings(capsys, assignment, says):
+    assert says in refused(capsys, "serve", "--set", assignment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"import_path": "os:system"}, "import_path: 'os:system' is not served here"),
+        ({"args": [1]}, "args: expected a mapping"),
+        ({"args": {"modle": {}}}, "modle: unknown (did you mean model?)"),
+        ({"deployments": ["Router"]}, "deployments: expected a list of mappings with a name"),
+    ],
+)
+def test_serve_refuses_config_files(capsys, tmp_path, changes, says):
+    file = write_config(tmp_path / "local.yaml", **changes)
+    assert says in refused(capsys, "serve", "--config", str(file))
+
+
+def test_serve_refuses_what_is_no_config_file(capsys, tmp_path):
+    assert "No such file" in refused(capsys, "serve", "--config", str(tmp_path / "none.yaml"))
+    (tmp_path / "odd.yaml").write_text("applications: 3")
+    said = refused(capsys, "serve", "--config", str(tmp_path / "odd.yaml"))
+    assert "applications: expected a list of one" in said
+
+
+def test_serve_refuses_a_port_that_is_taken_even_by_one_who_shares():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} is in use by another program"):
+            read_plan(default_config(), [f"http.port={port}"])
+    check_port("127.0.0.1", port)
+
+
+def test_the_plan_is_the_config_file_with_its_settings_changed():
+    plan = read_plan(default_config(), ["http.port=0", "storage.path=/tmp/x"])
+    assert default_config().read_text() == (ROOT / "deployments" / "local.yaml").read_text()
+    assert plan.args["http"] == {"host": "127.0.0.1", "port": 0}
+    assert plan.args["storage"]["path"] == "/tmp/x"
+    assert plan.options["GeneratorReplica"]["num_replicas"] == 2
+    assert plan.cpus == 1.0
+    bound = application(plan.args, options=plan.options)._bound_deployment
+    assert (bound.name, bound.num_replicas) == ("GeneratorReplica", 2)
+
+
+def test_deployments_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="'Rooter' is unknown; known: Router, GeneratorReplica"):
+        application({}, options={"Rooter": {}})
+    with pytest.raises(ConfigError, match="deployments: Router: "):
+        application({}, options={"Router": {"speed": 3}})
+    with pytest.raises(ModelUnknown):
+        application({"model": {"preset": "none"}}, options={})
+
+
+@pytest.fixture
+def snapshot_file(tmp_path):
+    weights = np.arange(6, dtype=np.float32)
+    tensors = {
+        "window.keys": Buffer("float32", (2, 3), weights.tobytes()),
+        "step": Buffer("int64", (), bytes(8)),
+    }
+    snapshot = Snapshot("echo-tiny/cpu", {"chunk_index": 8, "prompts": {"now": "a"}}, tensors)
+    file = tmp_path / "point.snap"
+    file.write_bytes(encode(snapshot))
+    return file
+
+
+def test_snapshot_inspect_shows_what_is_inside(capsys, snapshot_file):
+    assert main(["snapshot", "inspect", str(snapshot_file)]) == 0
+    out = capsys.readouterr().out
+    assert f"{snapshot_file.stat().st_size} bytes, digest matches" in out
+    assert "fingerprint  echo-tiny/cpu" in out
+    assert "  chunk_index: 8\n" in out
+    assert "    now: 'a'\n" in out
+    assert "tensors      2, 32 bytes" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["window.keys", "float32", "24", "bytes", "2", "x", "3"] in lines
+    assert ["step", "int64", "8", "bytes", "scalar"] in lines
+
+
+def test_snapshot_inspect_refuses_what_is_not_whole(capsys, snapshot_file, tmp_path):
+    whole = snapshot_file.read_bytes()
+    damaged = {
+        "snapshot_truncated": whole[:-5],
+        "snapshot_corrupt": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "snapshot_foreign": b"PNG" * 40,
+    }
+    for code, blob in damaged.items():
+        snapshot_file.write_bytes(blob)
+        said = refused(capsys, "snapshot", "inspect", str(snapshot_file))
+        assert said.startswith(f"echo-ray: {code}: ")
+    said = refused(capsys, "snapshot", "inspect", str(tmp_path / "none"))
+    assert "No such file" in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["snapshot", "destroy", "x"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_serve_starts_answers_and_leaves_on_sigterm(tmp_path):
+    script = (
+        "import functools, sys\n"
+        "from echo_ray.serve import app\n"
+        "from echo_ray.cli import main\n"
+        "fake = 'fakes:build_fake_engine'\n"
+        "app.application = functools.partial(app.application, engine=fake)\n"
+        f"sys.exit(main(['serve', '--set', 'http.port=0', '--set', 'storage.path={tmp_path}']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout.readline() == "starting ...\n"
+            url = process.stdout.readline().split()[3]
+            assert httpx.get(f"{url}/healthz", timeout=10).status_code == 200
+            assert "<title>echo_ray</title>" in httpx.get(url, timeout=10).text
+            started = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(40) == 0
+            assert time.monotonic() - started < 30
+            assert process.stdout.read() == "stopped\n"
+        finally:
+            process.kill()
