@@ -36,6 +36,8 @@ from echo_ray.training.unroll import Unrolled
 NOISY = 2
 CONTINUOUS_SHARE = 0.2
 """Share of noise levels drawn from the whole range instead of the sampler's own."""
+OBJECT_DISTANCE = 0.5
+"""Mean distance per channel, in standard deviations, beyond which a latent shows an object."""
 
 
 class VideoModel(nn.Module):
@@ -92,7 +94,7 @@ class DitStage:
         return float(loss.detach())
 
     def clip_loss(self, latents_BFCHW: Tensor, ids_BKP: Tensor, random: StepRandom) -> Tensor:
-        """Mean squared error of the predicted flow over all chunks and noisy copies."""
+        """Weighted squared error of the predicted flow over all chunks and noisy copies."""
         model, (batch, chunks) = self.model, ids_BKP.shape[:2]
         prompts = model.dit.encode_prompt(model.text(ids_BKP.flatten(0, 1)))
         hide_memory = random.data.random() < self.recipe.hide_memory
@@ -116,9 +118,18 @@ class DitStage:
             flow, written = dit_forward(
                 model.dit, x, time, prompt, past, own, NOISY + 1, self.block
             )
-            losses.append((flow[batch:].float() - (noise - clean)).square().mean())
+            error = (flow[batch:].float() - (noise - clean)).square().mean(dim=2)
+            weight = self._weight(x0).repeat(NOISY, 1, 1, 1)
+            loss = (error * weight).sum() / weight.sum()
+            losses.append(loss * (self.recipe.first_chunk_weight if k == 0 else 1.0))
             unrolled.keep([(key[:batch], value[:batch]) for key, value in written])
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / (chunks - 1 + self.recipe.first_chunk_weight)
+
+    def _weight(self, x0_BFCHW: Tensor) -> Tensor:
+        """Weight [B, F, H, W] of each latent: an object's differ from their frame's median."""
+        background = x0_BFCHW.flatten(3).median(dim=-1).values[..., None, None]
+        differs = (x0_BFCHW - background).abs().mean(dim=2) > OBJECT_DISTANCE
+        return 1 + (self.recipe.object_weight - 1) * differs.float()
 
     def _context(self, latents_BFCHW: Tensor, random: StepRandom) -> Tensor:
         """Clean latents with a little noise on half of the clips, as generated ones have errors."""

@@ -25,7 +25,7 @@ class Recipe:
     """Chunks a clip: enough to reach the cache's stationary regime."""
     short_chunks: int = 5
     """Chunks used of a clip in the first part of the training, where prompts are learned."""
-    short_share: float = 0.4
+    short_share: float = 0.5
     dit_steps: int = 8_000
     dit_batch: int = 16
     muon_lr: float = 3e-3
@@ -33,6 +33,10 @@ class Recipe:
     ema: float = 0.995
     context_noise: float = 0.15
     """Largest noise on the clean latents that become keys and values; half of the clips."""
+    object_weight: float = 4.0
+    """How much more latents of objects count than those of the background."""
+    first_chunk_weight: float = 2.0
+    """How much more the first chunk counts, where objects come into being."""
     hide_memory: float = 0.15
     """Share of clips that must do without memory, so that every cache policy is served."""
     rebuild_share: float = 0.3
