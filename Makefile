@@ -39,7 +39,7 @@ test-ray: $(STAMP) ## only the tests on a real Ray cluster
 	$(BIN)/pytest -m ray
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
-	$(BIN)/pytest -m bench --benchmark-only
+	$(BIN)/pytest -m bench --benchmark-only --benchmark-columns=median,iqr,min,max,rounds --benchmark-sort=name
 
 demo: $(STAMP) ## two live streams, a prompt switch, a kill -9, and the proof that nothing was lost
 	$(BIN)/echo-ray demo

@@ -126,3 +126,13 @@ def resume_process(pid: int) -> None:
     """SIGCONT, if the process is still there."""
     if psutil.pid_exists(pid):
         os.kill(pid, signal.SIGCONT)
+
+
+def router_pid(service: Service) -> int:
+    """The process that listens on the service's port."""
+    port = int(service.url.rsplit(":", 1)[1])
+    for process in psutil.Process(service.process.pid).children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.status == "LISTEN" and connection.laddr.port == port:
+                return process.pid
+    raise AssertionError(f"nobody listens on {port}")

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
 
-import psutil
 import pytest
-from service import Service, running_service, take, undisturbed
+from service import Service, router_pid, running_service, take, undisturbed
 
 from echo_ray.client import EchoClient
 
@@ -67,13 +66,3 @@ def test_a_killed_router_is_replaced_and_clients_go_on(own_service: Service) -> 
     started = time.monotonic()
     asyncio.run(scenario())
     assert time.monotonic() - started < 60
-
-
-def router_pid(service: Service) -> int:
-    """The process that listens on the service's port."""
-    port = int(service.url.rsplit(":", 1)[1])
-    for process in psutil.Process(service.process.pid).children(recursive=True):
-        for connection in process.net_connections("tcp"):
-            if connection.status == "LISTEN" and connection.laddr.port == port:
-                return process.pid
-    raise AssertionError(f"nobody listens on {port}")
