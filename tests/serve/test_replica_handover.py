@@ -90,11 +90,16 @@ def test_resuming_replays_only_what_came_after_the_last_point():
 
 
 def test_a_crash_between_commit_and_delivery_loses_nothing():
+    async def make(bench, one, epoch):
+        async with pull(one, epoch, want=7) as end:
+            await hello(end)
+            made = lambda: bench.directory.get("s1").next_index == 7  # noqa: E731
+            assert await asyncio.to_thread(eventually, made)
+
     with Replicas() as bench:
         one, two = bench.start("r1"), bench.start("r2")
         bench.session()
-        asyncio.run(watch(one, bench.claim(one), 0, 2, want=7))
-        assert eventually(lambda: bench.directory.get("s1").next_index == 7)
+        asyncio.run(make(bench, one, bench.claim(one)))
         bench.crash(one)
         assert digests(asyncio.run(watch(two, bench.claim(two), 2, 8))) == truth(10)[2:]
 
@@ -133,6 +138,21 @@ def test_a_fenced_owner_closes_its_readers_and_writes_nothing_more():
         asyncio.run(fence(bench, one, two, epoch))
         assert bench.directory.get("s1").next_index == 3
         assert eventually(lambda: one.host.runners() == [])
+
+
+def test_an_owner_with_nothing_to_do_learns_at_its_next_renewal_that_it_is_fenced():
+    async def fence(bench, one, two, epoch):
+        async with pull(one, epoch, want=3) as end:
+            await hello(end)
+            await end.chunks(3)
+            bench.claim(two)
+            return await close_code(end), [m["type"] for m in end.others]
+
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        assert asyncio.run(fence(bench, one, two, bench.claim(one))) == (4001, ["error"])
+        assert one.telemetry.value("echo_ray_leases_lost_total", reason="taken") == 1
 
 
 def test_an_owner_whose_lease_ran_out_by_its_own_clock_stops_before_it_writes():
@@ -226,14 +246,76 @@ def test_prepare_refuses_unknown_and_closed_sessions():
 
 
 def test_the_same_replica_goes_on_under_a_newer_epoch_without_loading():
-    with Replicas(lease_renew_s=0.5) as bench:
+    async def twice(bench, one):
+        async with pull(one, bench.claim(one), want=3) as end:
+            await hello(end)
+            heads = await end.chunks(3)
+            heads += await watch(one, bench.claim(one), 3, 3)
+            assert await close_code(end) == 4001
+            assert [m["type"] for m in end.others] == ["error"]
+        return heads
+
+    with Replicas(lease_ttl_s=60.0, lease_renew_s=20.0) as bench:
         one = bench.start("r1")
         bench.session()
-        first = asyncio.run(watch(one, bench.claim(one), 0, 3))
-        second = asyncio.run(watch(one, bench.claim(one), 3, 3))
-        assert digests(first + second) == truth(6)
-        assert [h["epoch"] for h in first + second] == [1, 1, 1, 2, 2, 2]
+        heads = asyncio.run(twice(bench, one))
+        assert digests(heads) == truth(6)
+        assert [h["epoch"] for h in heads] == [1, 1, 1, 2, 2, 2]
         assert bench.engines["r1"].stepped == list(range(6))
+
+
+def test_a_chunk_in_work_under_an_old_epoch_is_committed_under_the_new_one_before_anybody_gets_it():
+    async def reclaim(bench, store, one):
+        engine = bench.engines["r1"]
+        async with pull(one, bench.claim(one), want=2) as end:
+            await hello(end)
+            await end.chunks(2)
+            engine.may_step.clear()
+            await end.want(10)
+            sealed = lambda: bench.directory.get("s1").sealed == 3  # noqa: E731
+            assert await asyncio.to_thread(eventually, sealed)
+        store.failures["commit"] = [StoreUnavailable("busy")] * 4
+        async with pull(one, bench.claim(one), 2, want=3) as end:
+            engine.may_step.set()
+            await hello(end)
+            head, _ = await end.chunk()
+            return head, bench.directory.get("s1").next_index
+
+    with Replicas(lease_ttl_s=60.0, lease_renew_s=20.0) as bench:
+        store = Unreliable(bench.directory)
+        one = bench.start("r1", directory=lambda: store)
+        bench.session()
+        head, next_index = asyncio.run(reclaim(bench, store, one))
+        assert (head["digest"], head["epoch"], next_index) == (truth(3)[2], 2, 3)
+        assert bench.engines["r1"].stepped == [0, 1, 2]
+
+
+@pytest.mark.parametrize("other", ["fake", "other"])
+def test_an_owner_that_comes_back_before_it_noticed_takes_in_what_another_did(other):
+    async def there_and_back(bench, one, two):
+        engine = bench.engines["r1"]
+        async with pull(one, bench.claim(one), want=2) as end:
+            await hello(end)
+            heads = await end.chunks(2)
+            engine.may_step.clear()
+            await end.want(10)
+            sealed = lambda: bench.directory.get("s1").sealed == 3  # noqa: E731
+            assert await asyncio.to_thread(eventually, sealed)
+            heads += await watch(two, bench.claim(two), 2, 4)
+            engine.may_step.set()
+            return heads + await watch(one, bench.claim(one), 6, 3)
+
+    with Replicas(lease_ttl_s=60.0, lease_renew_s=20.0) as bench:
+        one, two = bench.start("r1"), bench.start("r2", FakeEngine(fingerprint=other))
+        bench.session()
+        heads = asyncio.run(there_and_back(bench, one, two))
+        assert [h["epoch"] for h in heads] == [1, 1, 2, 2, 2, 2, 3, 3, 3]
+        mine = [h for h in heads if h["owner"] == "r1"]
+        assert digests(mine) == truth(2) + truth(9)[6:]
+        same = other == "fake"
+        assert (digests(heads) == truth(9)) is same
+        assert [h["discontinuity"] for h in heads[6:]] == [not same, False, False]
+        assert bench.directory.digests("s1", 6, 9) == dict(enumerate(truth(9)[6:], 6))
 
 
 def test_a_failed_step_is_repeated_from_the_last_point():
@@ -394,7 +476,7 @@ def test_the_past_within_the_retention_is_made_again_beside_a_session_that_goes_
         live, past = await asyncio.gather(watch(two, epoch, 24, 20), watch(two, epoch, 9, 35))
         return live, past
 
-    with Replicas(retention_chunks=32) as bench:
+    with Replicas() as bench:
         one, two = bench.start("r1"), bench.start("r2")
         bench.session()
         bench.directory.append_control("s1", "e", "a blue square", at_chunk=10)
