@@ -52,7 +52,7 @@ class SessionSection:
     """A replica tells each reader that it is alive this often."""
     silence_s: float = 1.2
     """A reader that hears neither a beat nor a segment for this long gives the owner up."""
-    lead_chunks: int = 2
+    lead_chunks: int = 3
     """A session is generated at most this many chunks ahead of playout."""
     retention_chunks: int = 64
     """Segments kept in memory for viewers who ask for a past index."""

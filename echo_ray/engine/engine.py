@@ -35,7 +35,7 @@ from echo_ray.errors import (
 )
 from echo_ray.preset import Preset, load_preset, preset_folder
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
-from echo_ray.session.engine_port import StreamShape
+from echo_ray.session.engine_port import StreamShape, stream_shape
 from echo_ray.session.snapshot import Snapshot
 
 CODE_EPOCH = 1
@@ -65,21 +65,13 @@ class EchoEngine:
         self._modules = modules
         self._device = device
         self._threads = threads
+        self._shape = stream_shape(preset)
         self._generator = Generator(modules.dit, modules.memory, preset.cache, preset.sampler)
         self._fingerprint = f"{_model_identity(preset, modules)}/{_numerics(device, threads)}"
 
     @property
     def shape(self) -> StreamShape:
-        p = self._preset
-        return StreamShape(
-            model=p.name,
-            fps=p.fps,
-            width=p.width,
-            height=p.height,
-            frames_per_chunk=p.frames_per_chunk,
-            first_chunk_frames=p.first_chunk_frames,
-            point_every=p.cache.point_every,
-        )
+        return self._shape
 
     @property
     def fingerprint(self) -> str:

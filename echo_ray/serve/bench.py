@@ -46,13 +46,10 @@ class Bench:
         seconds = self.clock.monotonic() - began_s
         if chunk.index != index:
             raise EngineError(f"the engine made chunk {chunk.index} when {index} was asked for")
-        before = (
-            0 if index == 0 else shape.first_chunk_frames + (index - 1) * shape.frames_per_chunk
-        )
         return Segment(
             chunk=chunk,
             marks=controls.marks(index),
-            start_frame=before,
+            start_frame=shape.first_frame(index),
             start_s=shape.start_s(index),
             chunk_seconds=seconds,
         )

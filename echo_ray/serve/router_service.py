@@ -14,29 +14,16 @@ from echo_ray import __version__
 from echo_ray.clock import SystemClock
 from echo_ray.config import EchoConfig, HttpSection
 from echo_ray.errors import ConfigError, UnavailableError
-from echo_ray.preset import Preset, load_preset
+from echo_ray.preset import load_preset
 from echo_ray.serve.api import build_api
 from echo_ray.serve.front import Front
 from echo_ray.serve.sweep import sweep_forever
 from echo_ray.serve.telemetry import Telemetry
-from echo_ray.session.engine_port import StreamShape
+from echo_ray.session.engine_port import stream_shape
 from echo_ray.storage.open import open_directory, open_snapshots
 
 BACKLOG = 1024
 STOP_S = 5.0
-
-
-def shape_of(preset: Preset) -> StreamShape:
-    """What viewers have to know of a preset's frames."""
-    return StreamShape(
-        model=preset.name,
-        fps=preset.fps,
-        width=preset.width,
-        height=preset.height,
-        frames_per_chunk=preset.frames_per_chunk,
-        first_chunk_frames=preset.first_chunk_frames,
-        point_every=preset.cache.point_every,
-    )
 
 
 def listen(http: HttpSection) -> socket.socket:
@@ -115,7 +102,7 @@ def open_front(config: EchoConfig, rng: random.Random) -> Front:
     telemetry.set("build_info", 1, version=__version__, role="router")
     return Front(
         config=config,
-        shape=shape_of(load_preset(config.model.preset)),
+        shape=stream_shape(load_preset(config.model.preset)),
         directory=open_directory(config.storage, clock),
         snapshots=open_snapshots(config.storage),
         clock=clock,

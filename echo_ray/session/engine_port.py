@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from echo_ray.preset import Preset
 from echo_ray.session.chunk import Chunk
 from echo_ray.session.snapshot import Snapshot
 
@@ -29,15 +30,32 @@ class StreamShape:
     def frames_in(self, index: int) -> int:
         return self.first_chunk_frames if index == 0 else self.frames_per_chunk
 
+    def first_frame(self, index: int) -> int:
+        """Frames of the stream before chunk `index`."""
+        if index == 0:
+            return 0
+        return self.first_chunk_frames + (index - 1) * self.frames_per_chunk
+
     def start_s(self, index: int) -> float:
         """Media time at which chunk `index` begins."""
-        if index == 0:
-            return 0.0
-        return (self.first_chunk_frames + (index - 1) * self.frames_per_chunk) / self.fps
+        return self.first_frame(index) / self.fps
 
     @property
     def chunk_s(self) -> float:
         return self.frames_per_chunk / self.fps
+
+
+def stream_shape(preset: Preset) -> StreamShape:
+    """The shape of a preset's frames, known without loading its weights."""
+    return StreamShape(
+        model=preset.name,
+        fps=preset.fps,
+        width=preset.width,
+        height=preset.height,
+        frames_per_chunk=preset.frames_per_chunk,
+        first_chunk_frames=preset.first_chunk_frames,
+        point_every=preset.cache.point_every,
+    )
 
 
 class State(Protocol):
