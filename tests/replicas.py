@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fakes import FakeEngine
+from fakes import FakeEngine, undisturbed
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosedError
 
@@ -151,6 +151,51 @@ async def hello(end: PullEnd) -> dict[str, Any]:
     body = await end.message()
     assert body["type"] == "hello", body
     return body
+
+
+async def watch(
+    generator: Generator, epoch: int, start: int, count: int, want: int | None = None
+) -> list[dict[str, Any]]:
+    """Metadata of `count` chunks from `start` on, pulled and read to the end."""
+    async with pull(generator, epoch, start, want=want or start + count) as end:
+        await hello(end)
+        return await end.chunks(count)
+
+
+def digests(heads: list[dict[str, Any]]) -> list[str]:
+    return [head["digest"] for head in heads]
+
+
+def truth(
+    count: int, point_every: int = 4, switches: dict[int, list[str]] | None = None
+) -> list[str]:
+    """Digests of the session that `Replicas.session` makes, when nothing goes wrong."""
+    engine = FakeEngine(point_every=point_every)
+    return undisturbed(engine, "a red circle", 7, count, switches or {})
+
+
+class Unreliable:
+    """A store in front of another whose methods fail when told; counts its calls."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.failures: dict[str, list[Exception | None]] = {}
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append(name)
+            waiting = self.failures.get(name)
+            error = waiting.pop(0) if waiting else None
+            if error is not None:
+                raise error
+            return found(*args, **options)
+
+        return call
 
 
 async def close_code(end: PullEnd) -> int | None:

@@ -3,53 +3,23 @@ import time
 
 import httpx
 import pytest
-from fakes import FakeEngine, undisturbed
-from replicas import Replicas, close_code, eventually, hello, pull
+from fakes import FakeEngine
+from replicas import (
+    Replicas,
+    Unreliable,
+    close_code,
+    digests,
+    eventually,
+    hello,
+    pull,
+    truth,
+    watch,
+)
 
-from echo_ray.errors import StoreFull, StoreUnavailable
+from echo_ray.errors import StoreUnavailable
 from echo_ray.session.records import Lease, SessionState
 
-PROMPT, SEED = "a red circle", 7
 SWITCHES = {3: ["a blue square"], 9: ["a green star"]}
-
-
-def truth(count, point_every=4, switches=None):
-    return undisturbed(FakeEngine(point_every=point_every), PROMPT, SEED, count, switches or {})
-
-
-def digests(heads):
-    return [head["digest"] for head in heads]
-
-
-async def watch(replica, epoch, start, count, want=None):
-    async with pull(replica, epoch, start, want=want or start + count) as end:
-        await hello(end)
-        return await end.chunks(count)
-
-
-class Unreliable:
-    """A store in front of another whose methods fail when told; counts its calls."""
-
-    def __init__(self, inner):
-        self._inner = inner
-        self.failures = {}
-        self.calls = []
-
-    def __getattr__(self, name):
-        found = getattr(self._inner, name)
-        if not callable(found):
-            return found
-
-        def call(*args, **options):
-            self.calls.append(name)
-            waiting = self.failures.get(name)
-            if waiting:
-                error = waiting.pop(0)
-                if error is not None:
-                    raise error
-            return found(*args, **options)
-
-        return call
 
 
 @pytest.mark.parametrize("point_every", [1, 3, 4])
@@ -316,212 +286,6 @@ def test_an_owner_that_comes_back_before_it_noticed_takes_in_what_another_did(ot
         assert (digests(heads) == truth(9)) is same
         assert [h["discontinuity"] for h in heads[6:]] == [not same, False, False]
         assert bench.directory.digests("s1", 6, 9) == dict(enumerate(truth(9)[6:], 6))
-
-
-def test_a_failed_step_is_repeated_from_the_last_point():
-    with Replicas() as bench:
-        engine = FakeEngine()
-        engine.failing = [6, 6]
-        one = bench.start("r1", engine)
-        bench.session()
-        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 9))) == truth(9)
-        assert one.telemetry.value("echo_ray_engine_failures_total") == 2
-        assert bench.directory.get("s1").epoch == 1
-
-
-def test_three_failures_in_a_row_release_the_session_with_an_error():
-    async def fail(one, epoch):
-        async with pull(one, epoch, want=9) as end:
-            await hello(end)
-            await end.chunks(2)
-            return await close_code(end), end.others[-1]["code"]
-
-    with Replicas() as bench:
-        engine = FakeEngine()
-        engine.failing = [2, 2, 2]
-        one = bench.start("r1", engine)
-        bench.session()
-        assert asyncio.run(fail(one, bench.claim(one))) == (1011, "engine_failed")
-        record = bench.directory.get("s1")
-        assert (record.owner, record.state, record.next_index) == (None, SessionState.LIVE, 2)
-
-
-def test_a_prompt_that_the_engine_refuses_pauses_the_session_with_its_error():
-    async def refuse(one, epoch):
-        async with pull(one, epoch, want=1) as end:
-            return await close_code(end), end.others[-1]["code"]
-
-    with Replicas() as bench:
-        one = bench.start("r1")
-        bench.session(prompt="refused")
-        assert asyncio.run(refuse(one, bench.claim(one))) == (1008, "prompt_invalid")
-        assert bench.directory.get("s1").state is SessionState.PAUSED
-
-
-@pytest.mark.parametrize("method", ["seal", "commit"])
-def test_a_store_that_fails_for_a_while_delays_the_chunk_and_nothing_else(method):
-    with Replicas() as bench:
-        store = Unreliable(bench.directory)
-        error = StoreFull("disk full") if method == "commit" else StoreUnavailable("gone")
-        store.failures[method] = [None, None, error, error]
-        one = bench.start("r1", directory=lambda: store)
-        bench.session()
-        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 6))) == truth(6)
-        assert bench.engines["r1"].stepped == list(range(6))
-        assert one.telemetry.value("echo_ray_store_errors_total", op="progress") == 2
-
-
-def test_a_commit_whose_answer_was_lost_is_recognised():
-    class Deaf(Unreliable):
-        def commit(self, *args):
-            self._inner.commit(*args)
-            if args[1] == 2:
-                raise StoreUnavailable("the answer was lost")
-
-    with Replicas() as bench:
-        store = Deaf(bench.directory)
-        one = bench.start("r1", directory=lambda: store)
-        bench.session()
-        assert digests(asyncio.run(watch(one, bench.claim(one), 0, 6))) == truth(6)
-        assert bench.engines["r1"].stepped == list(range(6))
-
-
-def test_snapshots_that_cannot_be_written_or_read_cost_time_and_no_chunk():
-    with Replicas() as bench:
-        blobs = Unreliable(bench.snapshots)
-        blobs.failures["put"] = [None, StoreFull("disk full")]
-        one = bench.start("r1", store=blobs)
-        two = bench.start("r2", store=blobs)
-        bench.session()
-        epoch = bench.claim(one)
-        first = asyncio.run(watch(one, epoch, 0, 5))
-        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
-        first += asyncio.run(watch(one, epoch, 5, 6))
-        wrong = lambda: one.telemetry.value("echo_ray_snapshots_total", outcome="failed")  # noqa: E731
-        assert eventually(lambda: wrong() == 1)
-        bench.crash(one)
-        assert [s.chunk_index for s in bench.directory.snapshots("s1")] == [4]
-        ref = bench.directory.snapshots("s1")[0]
-        blob = bench.snapshots.get("s1", ref.id)
-        bench.snapshots.put("s1", ref.id, blob[:-9])
-        second = asyncio.run(watch(two, bench.claim(two), 11, 3))
-        assert digests(first + second) == truth(14)
-        assert two.telemetry.value("echo_ray_snapshots_total", outcome="unreadable") == 1
-        assert bench.engines["r2"].loaded == []
-
-
-def test_old_snapshots_are_pruned_and_pinned_ones_stay():
-    with Replicas(snapshots_kept=2) as bench:
-        one = bench.start("r1", FakeEngine(point_every=2))
-        bench.session()
-        epoch = bench.claim(one)
-        asyncio.run(watch(one, epoch, 0, 2))
-        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
-        pinned = bench.directory.snapshots("s1")[0]
-        bench.directory.pin_snapshot("s1", pinned.id)
-        for start in range(2, 12, 2):
-            asyncio.run(watch(one, epoch, start, 2))
-            found = lambda n=start: bench.directory.snapshots("s1")[0].chunk_index == n + 2  # noqa: E731
-            assert eventually(found)
-
-        def left():
-            return [s.chunk_index for s in bench.directory.snapshots("s1")]
-
-        assert eventually(lambda: left() == [12, 10, 2])
-        assert bench.snapshots.get("s1", pinned.id)
-
-
-def test_another_kind_of_device_is_marked_and_counted():
-    with Replicas() as bench:
-        one = bench.start("r1")
-        two = bench.start("r2", FakeEngine(fingerprint="other"))
-        bench.session()
-        asyncio.run(watch(one, bench.claim(one), 0, 6))
-        bench.crash(one)
-        heads = asyncio.run(watch(two, bench.claim(two), 5, 4))
-        assert [h["discontinuity"] for h in heads] == [True, True, False, False]
-        assert two.telemetry.value("echo_ray_digest_mismatches_total") == 6
-        assert two.telemetry.value("echo_ray_snapshots_total", outcome="refused") == 1
-
-
-def run_to(bench, replica, epoch, count):
-    """Stream `count` chunks, so that every point on the way has its snapshot."""
-
-    def written(index):
-        return index in [s.chunk_index for s in bench.directory.snapshots("s1")]
-
-    for start in range(0, count, 4):
-        asyncio.run(watch(replica, epoch, start, 4))
-        assert eventually(lambda n=start + 4: written(n))
-
-
-def test_a_past_that_cannot_be_made_again_is_expired():
-    async def ask(replica, epoch, start):
-        async with pull(replica, epoch, start) as end:
-            return await close_code(end), end.others[-1]["code"]
-
-    with Replicas(retention_chunks=8, snapshots_kept=1) as bench:
-        one, two = bench.start("r1"), bench.start("r2")
-        bench.session()
-        run_to(bench, one, bench.claim(one), 32)
-        bench.crash(one)
-        epoch = bench.claim(two)
-        for start in (5, 27):
-            assert asyncio.run(ask(two, epoch, start)) == (1008, "segment_expired")
-        assert digests(asyncio.run(watch(two, epoch, 32, 2))) == truth(34)[32:]
-
-
-def test_the_past_within_the_retention_is_made_again_beside_a_session_that_goes_on():
-    async def both(two, epoch):
-        live, past = await asyncio.gather(watch(two, epoch, 24, 20), watch(two, epoch, 9, 35))
-        return live, past
-
-    with Replicas() as bench:
-        one, two = bench.start("r1"), bench.start("r2")
-        bench.session()
-        bench.directory.append_control("s1", "e", "a blue square", at_chunk=10)
-        run_to(bench, one, bench.claim(one), 24)
-        bench.crash(one)
-        live, past = asyncio.run(both(two, bench.claim(two)))
-        expected = truth(44, switches={10: ["a blue square"]})
-        assert digests(live) == expected[24:]
-        assert digests(past) == expected[9:]
-        assert past[1]["started_event_ids"] == ["e"]
-        assert past[0]["started_event_ids"] == past[0]["active_event_ids"] == []
-        assert bench.engines["r2"].loaded[0] == 24
-        with httpx.Client() as http:
-            url = f"http://{two.address}/v1/segments/s1/13"
-            answer = http.get(url, params={"epoch": 2})
-            assert answer.headers["x-echo-digest"] == expected[13]
-
-
-def test_a_past_that_fails_again_and_again_is_expired_and_the_session_goes_on():
-    async def ask(replica, epoch):
-        async with pull(replica, epoch, 5) as end:
-            return await close_code(end), end.others[-1]["code"]
-
-    with Replicas() as bench:
-        one, two = bench.start("r1"), bench.start("r2")
-        bench.session()
-        run_to(bench, one, bench.claim(one), 8)
-        bench.crash(one)
-        epoch = bench.claim(two)
-        bench.engines["r2"].failing = [4, 5, 4, 4]
-        assert asyncio.run(ask(two, epoch)) == (1008, "segment_expired")
-        assert digests(asyncio.run(watch(two, epoch, 8, 3))) == truth(11)[8:]
-
-
-def test_a_lagging_reader_of_a_resumed_session_gets_what_came_before_the_point():
-    with Replicas() as bench:
-        one, two = bench.start("r1"), bench.start("r2")
-        bench.session()
-        run_to(bench, one, bench.claim(one), 8)
-        bench.crash(one)
-        epoch = bench.claim(two)
-        ahead = asyncio.run(watch(two, epoch, 8, 2))
-        lagging = asyncio.run(watch(two, epoch, 6, 6))
-        assert digests(ahead) == truth(10)[8:]
-        assert digests(lagging) == truth(12)[6:]
 
 
 def test_closing_gives_sessions_up_and_says_so():

@@ -2,17 +2,12 @@ import asyncio
 
 import httpx
 import pytest
-from fakes import FakeEngine, undisturbed
-from replicas import Replicas, close_code, eventually, hello, pull
+from fakes import FakeEngine
+from replicas import PullEnd, Replicas, close_code, eventually, hello, pull, truth
+from websockets.asyncio.client import connect
 
 from echo_ray.session.chunk import frames_digest
 from echo_ray.session.records import OnIdle, Pace, SessionState
-
-PROMPT, SEED = "a red circle", 7
-
-
-def truth(count, switches=None, **engine):
-    return undisturbed(FakeEngine(**engine), PROMPT, SEED, count, switches or {})
 
 
 def test_a_stream_arrives_in_order_and_is_what_an_undisturbed_run_makes():
@@ -78,7 +73,7 @@ def test_a_switch_takes_effect_at_its_chunk_and_the_metadata_names_it():
         replica = bench.start("r1")
         bench.session()
         heads = asyncio.run(stream(bench, replica, bench.claim(replica)))
-        expected = truth(7, {2: ["a blue square"], 4: ["a green star", "a white dot"]})
+        expected = truth(7, switches={2: ["a blue square"], 4: ["a green star", "a white dot"]})
         assert [h["digest"] for h in heads] == expected
         assert [h["started_event_ids"] for h in heads] == [[], [], ["e1"], [], ["e3", "e2"], [], []]
         assert [h["active_event_ids"] for h in heads] == (
@@ -156,9 +151,6 @@ def test_other_formats_carry_the_same_digest(fmt):
 )
 def test_a_pull_that_cannot_be_is_told_why(query, code, close):
     async def ask(replica):
-        from replicas import PullEnd
-        from websockets.asyncio.client import connect
-
         url = f"ws://{replica.address}/v1/pull/s1?{query}"
         async with asyncio.timeout(10), connect(url) as socket:
             end = PullEnd(socket)
