@@ -20,7 +20,7 @@ from echo_ray.session.records import Pace, ReplicaRecord, SessionRecord, Session
 from echo_ray.storage.interface import Directory
 
 AVOID_S = 3.0
-"""A replica that failed a reader gets no new sessions from this router for so long."""
+"""A replica that failed a reader is this router's last choice for so long."""
 PENDING_S = 2.0
 """A session counts against its replica for so long, until the replica counts it itself."""
 JITTER_S = 0.04
@@ -56,7 +56,7 @@ class Owners:
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def avoid(self, replica_id: str) -> None:
-        """Give this replica no sessions for a few seconds: it just failed somebody."""
+        """Make this replica the last choice for a few seconds: it just failed somebody."""
         self._avoided[replica_id] = self._clock.monotonic() + AVOID_S
 
     async def locate(
@@ -92,7 +92,8 @@ class Owners:
                     replicas,
                     model=record.model,
                     cap=self._config.limits.sessions_per_replica,
-                    avoid=self._avoided_now().union(avoid),
+                    avoid=avoid,
+                    suspects=self._avoided_now(),
                     pending=self._pending(replicas),
                 )
                 try:
@@ -126,7 +127,8 @@ class Owners:
             replicas,
             model=record.model,
             cap=self._config.limits.sessions_per_replica,
-            avoid={*self._avoided_now(), record.owner or ""},
+            avoid={record.owner or ""},
+            suspects=self._avoided_now(),
             pending=self._pending(replicas),
         )
 

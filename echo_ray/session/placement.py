@@ -20,13 +20,16 @@ def best_replica(
     model: str,
     cap: int,
     avoid: Collection[str] = (),
+    suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
 ) -> ReplicaRecord:
     """The ready replica with the most slack; ties go to the emptiest, then to the lowest id.
 
     A session that exists already is placed even where no slack is left, up to `cap` sessions: late
-    is better than lost. `pending` counts sessions sent to a replica since it last spoke. Raises
-    `NoReplica` when none is eligible and `CapacityError` when all eligible ones are at the cap.
+    is better than lost. `avoid` is never chosen; `suspects`, which failed somebody a moment ago but
+    still say that they live, only when nobody else has room. `pending` counts sessions sent to a
+    replica since it last spoke. Raises `NoReplica` when none is eligible and `CapacityError` when
+    all eligible ones are at the cap.
     """
     sent = pending or {}
     eligible = _eligible(replicas, model, avoid)
@@ -35,7 +38,12 @@ def best_replica(
         raise _full(eligible, f"limits.sessions_per_replica is {cap}")
     return min(
         open_ones,
-        key=lambda r: (-slack(r, cap, sent), len(r.sessions) + sent.get(r.id, 0), r.id),
+        key=lambda r: (
+            r.id in suspects,
+            -slack(r, cap, sent),
+            len(r.sessions) + sent.get(r.id, 0),
+            r.id,
+        ),
     )
 
 
@@ -78,7 +86,7 @@ def _eligible(
     if not eligible:
         raise NoReplica(
             f"no replica is ready for model {model!r} ({len(replicas)} live, {len(serving)} ready, "
-            f"{len(serving)} of these just failed); retry in {RETRY_NO_REPLICA_S:g} s",
+            f"{len(serving)} of these not wanted); retry in {RETRY_NO_REPLICA_S:g} s",
             retry_after_s=RETRY_NO_REPLICA_S,
         )
     return eligible

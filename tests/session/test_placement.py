@@ -70,6 +70,15 @@ def test_draining_avoided_and_foreign_replicas_are_not_eligible() -> None:
         chosen(replica("a"), avoid={"a"})
 
 
+def test_a_suspect_is_the_last_choice_but_one() -> None:
+    idle, busy = replica("a", sessions=0), replica("b", sessions=6)
+    assert chosen(idle, busy, suspects={"a"}) == "b"
+    assert chosen(idle, busy, suspects={"a"}, cap=6) == "a"
+    assert chosen(idle, suspects={"a"}) == "a"
+    with pytest.raises(NoReplica):
+        chosen(idle, suspects={"a"}, avoid={"a"})
+
+
 def test_a_session_that_exists_is_placed_without_slack_but_not_over_the_cap() -> None:
     full = replica("a", sessions=7, free=-2, chunk_s=9.0)
     assert chosen(full) == "a"
