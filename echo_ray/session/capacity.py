@@ -17,15 +17,15 @@ def free_slots(
 ) -> int:
     """How many more realtime sessions fit.
 
-    `chunk_seconds` is compute per chunk and `chunk_s` its duration. Before anything was measured
-    (`chunk_seconds` 0) one session is let in, which then measures it.
+    `chunk_seconds` is compute per chunk and `chunk_s` its duration. An idle device always has room
+    for one, whatever it measured before, or not yet: a bad hour would never be measured away.
     """
     require(chunk_seconds >= 0, "chunk_seconds", chunk_seconds, "0 or more")
     require(chunk_s > 0, "chunk_s", chunk_s, "more than 0")
     require(0 <= margin < 1, "margin", margin, "0 to less than 1")
     # The small addend keeps 0.9 / 0.3 at 3: the quotient of two rounded numbers may fall short.
-    room = 1 if chunk_seconds == 0 else math.floor(chunk_s * (1 - margin) / chunk_seconds + 1e-9)
-    return max(0, min(room, limit) - sessions)
+    fits = math.floor(chunk_s * (1 - margin) / chunk_seconds + 1e-9) if chunk_seconds else 1
+    return max(0, min(max(1, fits), limit) - sessions)
 
 
 def smoothed(mean_s: float, newest_s: float) -> float:

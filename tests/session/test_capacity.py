@@ -15,7 +15,8 @@ from echo_ray.session.capacity import free_slots, smoothed
         (0.1, 1, 3, 2),
         (0.3, 0, 16, 2),
         (0.675, 0, 16, 1),
-        (0.7, 0, 16, 0),
+        (0.7, 0, 16, 1),
+        (0.7, 1, 16, 0),
         (0.0, 0, 16, 1),
         (0.0, 1, 16, 0),
     ],
@@ -28,8 +29,11 @@ def test_slots_are_what_the_measured_time_leaves(chunk_seconds, sessions, limit,
 @given(st.floats(1e-4, 10), st.floats(1e-2, 10), st.integers(1, 64))
 def test_full_slots_fit_into_the_time_with_the_margin(chunk_seconds, chunk_s, limit):
     slots = free_slots(chunk_seconds=chunk_seconds, chunk_s=chunk_s, sessions=0, limit=limit)
-    assert 0 <= slots <= limit
-    assert slots * chunk_seconds <= chunk_s * 0.9 * (1 + 1e-6) + 1e-8 * chunk_seconds * limit
+    assert 1 <= slots <= limit
+    assert (
+        slots == 1
+        or slots * chunk_seconds <= chunk_s * 0.9 * (1 + 1e-6) + 1e-8 * chunk_seconds * limit
+    )
 
 
 @pytest.mark.parametrize(
