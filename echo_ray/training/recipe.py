@@ -13,21 +13,21 @@ class Recipe:
     """Everything about a training run that is not the model's shape."""
 
     seed: int = 7
-    codec_steps: int = 20_000
+    codec_steps: int = 7_000
     codec_batch: int = 16
     """Groups of frames a step."""
     codec_lr: float = 1.5e-3
     codec_noise: float = 0.12
     """Largest noise on latents, in their own spread, that the decoder learns to ignore."""
     foreground_weight: float = 5.0
-    clips: int = 3000
+    clips: int = 2_400
     chunks: int = 10
     """Chunks a clip: enough to reach the cache's stationary regime."""
     short_chunks: int = 5
     """Chunks used of a clip in the first part of the training, where prompts are learned."""
     short_share: float = 0.5
-    dit_steps: int = 8_000
-    dit_batch: int = 16
+    dit_steps: int = 3_000
+    dit_batch: int = 8
     muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     ema: float = 0.995
