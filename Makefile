@@ -12,8 +12,9 @@ help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), a few minutes the first time ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 setup: $(STAMP) ## create .venv and install everything, pinned, CPU only
