@@ -126,19 +126,33 @@ class DitStage:
         return torch.stack(losses).sum() / (chunks - 1 + self.recipe.first_chunk_weight)
 
     def _weight(self, x0_BFCHW: Tensor) -> Tensor:
-        """Weight [B, F, H, W] of each latent: an object's differ from their frame's median."""
-        background = x0_BFCHW.flatten(3).median(dim=-1).values[..., None, None]
-        differs = (x0_BFCHW - background).abs().mean(dim=2) > OBJECT_DISTANCE
-        return 1 + (self.recipe.object_weight - 1) * differs.float()
+        """Weight [B, F, H, W] of each latent."""
+        objects, _ = find_objects(x0_BFCHW)
+        return 1 + (self.recipe.object_weight - 1) * objects.float()
 
     def _context(self, latents_BFCHW: Tensor, random: StepRandom) -> Tensor:
         """Clean latents with a little noise on half of the clips, as generated ones have errors."""
+        latents_BFCHW = self._erase(latents_BFCHW, random)
         batch = latents_BFCHW.shape[0]
         size = random.data.uniform(0, self.recipe.context_noise, batch)
         size *= random.data.random(batch) < 0.5
         scale = torch.from_numpy(size).float()[:, None, None, None, None]
         noise = torch.randn(latents_BFCHW.shape, generator=random.noise)
         return latents_BFCHW + scale * noise
+
+    def _erase(self, latents_BFCHW: Tensor, random: StepRandom) -> Tensor:
+        """Replace objects by background, half or all of them, in random chunks of some clips."""
+        batch, frames, _, height, width = latents_BFCHW.shape
+        chunks = frames // self.preset.cache.frames_per_chunk
+        rate = (random.data.random((batch, 1)) < self.recipe.lost_objects) * (
+            random.data.random((batch, chunks)) < 0.5
+        )
+        rate = rate * random.data.choice((0.5, 1.0), (batch, chunks))
+        rate_BF = torch.from_numpy(rate).float().repeat_interleave(frames // chunks, dim=1)
+        hit = torch.rand(batch, frames, height, width, generator=random.noise)
+        objects, background = find_objects(latents_BFCHW)
+        erased = objects & (hit < rate_BF[..., None, None])
+        return torch.where(erased[:, :, None], background, latents_BFCHW)
 
     def _levels(self, random: StepRandom, batch: int) -> Tensor:
         """Noise levels of the copies: high ones for the first, low ones for the second."""
@@ -189,6 +203,13 @@ class DitStage:
         write_weights(self.average, self.codec, out / "weights.safetensors")
         modules = load_modules(self.preset, out / "weights.safetensors", torch.device("cpu"))
         sample_sheet(self.preset, modules, out / f"samples_{step:06d}.png")
+
+
+def find_objects(latents_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Where objects are [B, F, H, W]: far from the frame's median; and that median."""
+    background = latents_BFCHW.flatten(3).median(dim=-1).values[..., None, None]
+    differs = (latents_BFCHW - background).abs().mean(dim=2)
+    return differs > OBJECT_DISTANCE, background
 
 
 def chunk_prompt(prompts: PromptKV, batch: int, chunks: int, k: int) -> PromptKV:

@@ -37,6 +37,9 @@ class Recipe:
     """How much more latents of objects count than those of the background."""
     first_chunk_weight: float = 2.0
     """How much more the first chunk counts, where objects come into being."""
+    lost_objects: float = 0.25
+    """Share of clips whose past has chunks where the objects are partly or wholly erased: what a
+    prompt names must come back after a failure."""
     hide_memory: float = 0.15
     """Share of clips that must do without memory, so that every cache policy is served."""
     rebuild_share: float = 0.3
