@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from echo_ray.preset import Preset
 from echo_ray.training.__main__ import main, trained_codec
 from echo_ray.training.bank import bank_digest, build, load_or_build
 from echo_ray.training.codec_stage import CodecStage
-from echo_ray.training.dit_stage import DitStage, VideoModel, split_parameters
+from echo_ray.training.dit_stage import DitStage, VideoModel, find_objects, split_parameters
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import StepRandom, run_stage, step_random
 from echo_ray.training.recipe import Budget, Recipe, learning_rate_factor
@@ -69,6 +70,24 @@ def test_the_transformer_learns_a_batch(preset: Preset, tmp_path: Path) -> None:
     stage = dit_stage(preset, tmp_path)
     losses = [stage.train_step(step_random(7, "dit", 0), 0.0) for _ in range(30)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_objects_are_found_and_erased_from_some_pasts(preset: Preset, tmp_path: Path) -> None:
+    run(CodecStage(preset, RECIPE), 1, tmp_path)
+    stage = dit_stage(preset, tmp_path)
+    latents = torch.full((40, 6, 4, 4, 4), 0.3)
+    latents[..., 1:3, 1:3] = -2.0
+    objects, background = find_objects(latents)
+    assert torch.equal(objects, latents[:, :, 0] < 0)
+    assert background.unique().item() == pytest.approx(0.3)
+    stage.recipe = replace(RECIPE, lost_objects=0.0)
+    assert torch.equal(stage._erase(latents, step_random(7, "dit", 0)), latents)
+    stage.recipe = replace(RECIPE, lost_objects=1.0)
+    erased = stage._erase(latents, step_random(7, "dit", 0))
+    changed = (erased != latents).any(dim=2)
+    assert not (changed & ~objects).any()
+    assert 0.2 < float(changed[objects].float().mean()) < 0.6
+    assert erased[changed[:, :, None].expand_as(erased)].unique().item() == pytest.approx(0.3)
 
 
 class Interrupted(DitStage):
