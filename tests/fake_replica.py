@@ -28,7 +28,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from echo_ray.config import SessionSection
 from echo_ray.errors import EchoError, Fenced, SegmentBeyondEnd, SegmentExpired
 from echo_ray.session.engine_port import StreamShape
-from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SnapshotRef
+from echo_ray.session.pacing import wanted
+from echo_ray.session.records import ControlEntry, Lease, OnIdle, ReplicaRecord, SnapshotRef
 from echo_ray.storage.interface import Directory
 
 SHAPE = StreamShape(
@@ -215,10 +216,11 @@ class FakeReplica:
 
     async def _generate(self, session: Session) -> None:
         sid = session.lease.session_id
-        seed = self.directory.get(sid).seed
+        record = self.directory.get(sid)
+        seed, bounds = record.seed, (record.pace, OnIdle.PAUSE)
         while True:
             await self._awake.wait()
-            if self.no_commits or session.next >= max(session.wants.values(), default=0):
+            if self.no_commits or session.next >= (wanted(session.wants.values(), *bounds) or 0):
                 session.changed.clear()
                 await session.changed.wait()
                 continue
@@ -262,6 +264,9 @@ class FakeReplica:
             await self._refuse(ws, e)
             return
         self.open_pulls.append(ws)
+        if "until" in query:
+            session.wants[id(ws)] = int(query["until"])
+            session.changed.set()
         try:
             await self._feed(ws, session, fmt, index)
         except (WebSocketDisconnect, RuntimeError):

@@ -130,6 +130,8 @@ class Pull:
         epoch = number("epoch", query.get("epoch"))
         start = number("from", query.get("from"))
         fmt = check_format(query.get("format", "raw"))
+        if "until" in query and self._early_want is None:
+            self._early_want = number("until", query["until"])
         runner = await self._in_thread(lambda: self._host.own(session_id, epoch, start))
         self._reader.epoch = epoch
         runner.attach(self._reader, start)

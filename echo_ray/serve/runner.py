@@ -188,7 +188,8 @@ class SessionRunner:
     def wanted(self) -> int | None:
         """The first chunk that nobody wants yet; None: time decides."""
         with self._changed:
-            return wanted((r.want for r in self._readers), self.record.on_idle)
+            wants = (r.want if r.bounded else None for r in self._readers)
+            return wanted(wants, self.record.pace, self.record.on_idle)
 
     @property
     def reader_count(self) -> int:

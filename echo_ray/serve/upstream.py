@@ -188,6 +188,10 @@ class Upstream:
             f"ws://{owner.address}/v1/pull/{self.session_id}"
             f"?epoch={owner.epoch}&from={start}&format={self.fmt}"
         )
+        until = self._sink.wanted_until()
+        if until is not None:
+            # With the request, so that no burst of old chunks comes before the first `want`.
+            url += f"&until={until}"
         try:
             async with asyncio.timeout(self._section.silence_s):
                 socket = await connect(

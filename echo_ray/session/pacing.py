@@ -107,12 +107,17 @@ def next_chunk(
     return due_s - lead_s, due_s
 
 
-def wanted(reader_wants: Iterable[int], on_idle: OnIdle) -> int | None:
-    """The bound that a session's readers set together; without readers, what `on_idle` says."""
+def wanted(reader_wants: Iterable[int | None], pace: Pace, on_idle: OnIdle) -> int | None:
+    """The bound that a session's readers set together; without readers, what `on_idle` says.
+
+    A realtime session keeps time for the reader that is furthest; at `pace: max` the slowest one's
+    reading speed is the backpressure. None: a reader that asks for nothing new.
+    """
     wants = list(reader_wants)
-    if wants:
-        return max(wants)
-    return None if on_idle is OnIdle.CONTINUE else 0
+    if not wants:
+        return None if on_idle is OnIdle.CONTINUE else 0
+    asked = [want for want in wants if want is not None]
+    return (min if pace is Pace.MAX else max)(asked, default=0)
 
 
 def idle_verdict(

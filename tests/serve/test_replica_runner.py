@@ -9,7 +9,7 @@ from echo_ray.serve.runner import LeaseOver, Reader, SessionRunner
 from echo_ray.serve.segments import Segment, SegmentRing
 from echo_ray.session.chunk import Chunk, DriftReading
 from echo_ray.session.lease import LeaseView
-from echo_ray.session.records import Lease, OnIdle, SessionRecord, SessionState
+from echo_ray.session.records import Lease, OnIdle, Pace, SessionRecord, SessionState
 from echo_ray.session.replay import EventMarks
 
 LEASE = Lease("s1", "r1", 1)
@@ -27,9 +27,16 @@ def clock():
 
 @pytest.fixture
 def make(clock):
-    def made(lease=True, on_idle=OnIdle.PAUSE, next_index=0, **session):
+    def made(lease=True, next_index=0, pace=Pace.REALTIME, on_idle=OnIdle.PAUSE, **session):
         record = SessionRecord(
-            id="s1", model="m", prompt="p", seed=1, on_idle=on_idle, next_index=next_index, epoch=1
+            id="s1",
+            model="m",
+            prompt="p",
+            seed=1,
+            pace=pace,
+            on_idle=on_idle,
+            next_index=next_index,
+            epoch=1,
         )
         view = LeaseView(LEASE, 1.5, clock.monotonic()) if lease else None
         return SessionRunner(
@@ -122,6 +129,18 @@ def test_wants_only_grow_and_the_largest_counts(make):
     assert runner.wanted() == 5
     runner.detach(one)
     assert runner.wanted() == 4
+
+
+def test_at_pace_max_the_slowest_reader_counts(make):
+    runner, one, two, lagging = make(pace=Pace.MAX), reader(), reader(), reader()
+    runner.attach(one, 0)
+    runner.attach(two, 0)
+    runner.attach(lagging, 0)
+    runner.want(one, 5)
+    runner.want(two, 4)
+    assert runner.wanted() == 4
+    runner.detach(two)
+    assert runner.wanted() == 5
 
 
 def test_a_retirement_tells_its_failure_and_the_first_end_counts(make):

@@ -89,17 +89,20 @@ def test_playout_begins_anywhere_in_the_stream():
 
 
 @pytest.mark.parametrize(
-    ("wants", "on_idle", "expected"),
+    ("wants", "pace", "on_idle", "expected"),
     [
-        ([3, 9, 5], OnIdle.PAUSE, 9),
-        ([0], OnIdle.CONTINUE, 0),
-        ([], OnIdle.PAUSE, 0),
-        ([], OnIdle.CLOSE, 0),
-        ([], OnIdle.CONTINUE, None),
+        ([3, 9, 5], Pace.REALTIME, OnIdle.PAUSE, 9),
+        ([3, 9, 5], Pace.MAX, OnIdle.PAUSE, 3),
+        ([3, None, 5], Pace.MAX, OnIdle.PAUSE, 3),
+        ([None], Pace.MAX, OnIdle.CONTINUE, 0),
+        ([0], Pace.REALTIME, OnIdle.CONTINUE, 0),
+        ([], Pace.REALTIME, OnIdle.PAUSE, 0),
+        ([], Pace.MAX, OnIdle.CLOSE, 0),
+        ([], Pace.MAX, OnIdle.CONTINUE, None),
     ],
 )
-def test_readers_bound_what_is_made(wants, on_idle, expected):
-    assert wanted(wants, on_idle) == expected
+def test_readers_bound_what_is_made(wants, pace, on_idle, expected):
+    assert wanted(wants, pace, on_idle) == expected
 
 
 def test_idleness_counts_after_the_grace():

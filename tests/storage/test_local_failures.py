@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -13,11 +14,11 @@ from fakes import FakeClock
 from stored import new, owned, produce
 
 from echo_ray.config import StorageSection
-from echo_ray.errors import ConfigError, EchoError, StoreCorrupt, StoreUnavailable
+from echo_ray.errors import ConfigError, EchoError, Fenced, StoreCorrupt, StoreUnavailable
 from echo_ray.session.records import Lease
 from echo_ray.storage.local import LocalDirectory, LocalSnapshots
 from echo_ray.storage.open import open_directory, open_snapshots
-from echo_ray.storage.sqlite_file import APPLICATION_ID, SCHEMA_VERSION
+from echo_ray.storage.sqlite_file import SCHEMA_VERSION
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
 
@@ -224,14 +225,46 @@ def test_text_without_utf8_is_refused_in_any_place(file: Path) -> None:
     directory.close()
 
 
-def test_what_must_last_waits_for_the_disk_and_renewals_do_not(file: Path) -> None:
+def test_what_must_last_waits_for_the_disk_without_the_write_lock(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = opened(file)
-    full, normal = 2, 1
-    for channel, level in ((directory._durable, full), (directory._quick, normal)):
-        with channel.read() as db:
-            assert db.execute("PRAGMA synchronous").fetchone() == (level,)
-            assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            assert db.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        other = sqlite3.connect(file, timeout=0, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+        other.close()
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    lease = directory.claim("s1", "a", expect_epoch=directory.get("s1").epoch, ttl_s=5)
+    produce(directory, lease, directory.get("s1").next_index)
+    log = file.with_name(file.name + "-wal")
+    assert synced == [log] * 3
+    assert directory.renew([lease], ttl_s=5) == []
+    assert synced == [log] * 3
+    directory.close()
+
+
+def test_a_disk_that_fails_after_the_change_is_told_and_the_change_stands(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = opened(file)
+    epoch = directory.get("s1").epoch
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(StoreUnavailable, match="the disk is broken"):
+            directory.claim("s1", "a", expect_epoch=epoch, ttl_s=5)
+    with pytest.raises(Fenced):
+        directory.claim("s1", "b", expect_epoch=epoch, ttl_s=5)
     directory.close()
 
 
