@@ -264,15 +264,17 @@ class FakeReplica:
             await self._refuse(ws, e)
             return
         self.open_pulls.append(ws)
-        if "until" in query:
-            session.wants[id(ws)] = int(query["until"])
-            session.changed.set()
         try:
+            if "until" in query:
+                session.wants[id(ws)] = int(query["until"])
+                session.changed.set()
             await self._feed(ws, session, fmt, index)
         except (WebSocketDisconnect, RuntimeError):
             pass
         finally:
             self.open_pulls.remove(ws)
+            session.wants.pop(id(ws), None)
+            session.changed.set()
 
     async def _feed(self, ws: WebSocket, session: Session, fmt: str, index: int) -> None:
         hello = {"epoch": session.lease.epoch, "next_index": session.next, "first_index": 0}
@@ -298,7 +300,6 @@ class FakeReplica:
                 if self._awake.is_set() and session.lease.session_id not in self.silent:
                     await ws.send_json({"type": "beat"})
         finally:
-            session.wants.pop(id(ws), None)
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
 
