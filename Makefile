@@ -37,7 +37,7 @@ test: lint types arch ## everything CI runs: style, types, layers, tests, faults
 	$(BIN)/pytest -m "not bench and not gpu"
 
 test-ray: $(STAMP) ## only the tests on a real Ray cluster
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m "ray and not bench"
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
 	$(BIN)/pytest -m bench --benchmark-only --benchmark-columns=median,iqr,min,max,rounds --benchmark-sort=name

@@ -134,6 +134,45 @@ def test_the_plan_is_the_config_file_with_its_settings_changed():
     assert (bound.name, bound.num_replicas) == ("GeneratorReplica", 2)
 
 
+def test_serve_refuses_a_damaged_store_before_it_starts_anything(capsys, tmp_path):
+    (tmp_path / "directory.sqlite3").write_bytes(b"x" * 10_000)
+    said = refused(capsys, "serve", "--set", "http.port=0", "--set", f"storage.path={tmp_path}")
+    assert "store_corrupt" in said
+    assert "directory.sqlite3" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((" ",), "prompt_invalid: prompt is empty"),
+        (("x" * 2001,), "prompt_invalid: prompt has 2001 characters; at most 2000"),
+        (("a red ball", "--seed", "-1"), "seed"),
+        (("a red ball", "--seconds", "0"), "--seconds 0.0"),
+        (("a red ball", "--switch", "green"), "--switch 'green'"),
+        (("a red ball", "--switch", "x=green"), "--switch 'x=green'"),
+        (("a red ball", "--out", "/nowhere/clip.mp4"), "its folder does not exist"),
+    ],
+)
+def test_play_refuses(capsys, words, says):
+    assert says in refused(capsys, "play", *words)
+
+
+def test_play_writes_a_clip_and_a_sheet(capsys, tmp_path):
+    out, sheet = tmp_path / "clip.mp4", tmp_path / "sheet.png"
+    words = ["--seconds", "2", "--out", str(out), "--sheet", str(sheet), "--switch", "1=a red ball"]
+    assert main(["play", "a green square on a black background", *words]) == 0
+    assert "33 frames, 2.06 s of video" in capsys.readouterr().out
+    assert out.stat().st_size > 1000
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parity_counts_and_fails_with_1(capsys, tmp_path):
+    (tmp_path / "broken.json").write_text("{}")
+    assert main(["parity", str(tmp_path)]) == 1
+    assert "1 failed" in capsys.readouterr().out
+    assert "no such folder" in refused(capsys, "parity", str(tmp_path / "none"))
+
+
 def test_deployments_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="'Rooter' is unknown; known: Router, GeneratorReplica"):
         application({}, options={"Rooter": {}})

@@ -32,11 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the clip as it is generated; nothing but the contact sheet's chunks is kept."""
-    from echo_ray.config import ModelSection
+    from echo_ray.config import LimitsSection, ModelSection
     from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.engine.engine import build_engine
     from echo_ray.errors import InvalidRequestError
+    from echo_ray.session.rules import check_prompt, check_seed
 
+    check_prompt(args.prompt, LimitsSection())
+    check_seed(args.seed)
     if not 0 < args.seconds <= 3600:
         raise InvalidRequestError(f"--seconds {args.seconds}: give more than 0, at most 3600")
     if not args.out.resolve().parent.is_dir():

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, then give every session up and leave."""
     plan = read_plan(args.config or default_config(), args.assignments)
+    check_store(plan)
     print("starting ...", flush=True)
     try:
         with _ray(plan) as logs:
@@ -90,6 +91,15 @@ def read_plan(file: Path, assignments: Sequence[str] = ()) -> ServePlan:
     options = _options(app.get("deployments") or [], file)
     check_port(config.http.host, config.http.port)
     return ServePlan(args, options)
+
+
+def check_store(plan: ServePlan) -> None:
+    """Open the session directory once, so that a damaged one is told of before Ray starts."""
+    from echo_ray.clock import SystemClock
+    from echo_ray.config import EchoConfig, from_mapping
+    from echo_ray.storage.open import open_directory
+
+    open_directory(from_mapping(EchoConfig, plan.args).storage, SystemClock()).close()
 
 
 def check_port(host: str, port: int) -> None:
