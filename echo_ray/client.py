@@ -18,7 +18,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -63,6 +63,7 @@ class EchoClient:
         self._url = url.rstrip("/")
         self._patience_s = patience_s
         self._http = httpx.AsyncClient(base_url=self._url, timeout=timeout_s)
+        self._sockets: set[ClientConnection] = set()
 
     async def __aenter__(self) -> EchoClient:
         return self
@@ -76,6 +77,8 @@ class EchoClient:
         await self.close()
 
     async def close(self) -> None:
+        """Close every connection, those of streams that were left in the middle too."""
+        await asyncio.gather(*(socket.close() for socket in self._sockets))
         await self._http.aclose()
 
     async def create(
@@ -169,7 +172,7 @@ class EchoClient:
         start: int | None = None,
         format: str = "raw",
         on_message: Callable[[wire.Message], None] | None = None,
-    ) -> AsyncIterator[Segment]:
+    ) -> AsyncGenerator[Segment, None]:
         """Segments from index `start` (or the live edge), until the session ends.
 
         Connects again by itself at the next index; `on_message` is told every other message.
@@ -181,12 +184,7 @@ class EchoClient:
         delay_s = FIRST_DELAY_S
         while True:
             try:
-                async with connect(
-                    self._stream_url(session_id, reader),
-                    max_size=MAX_SEGMENT_BYTES,
-                    compression=None,
-                    close_timeout=CLOSE_TIMEOUT_S,
-                ) as socket:
+                async with self._connected(self._stream_url(session_id, reader)) as socket:
                     async for segment in reader.read(socket):
                         failed_since, delay_s = None, FIRST_DELAY_S
                         yield segment
@@ -201,6 +199,19 @@ class EchoClient:
                 raise reason
             await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
             delay_s = min(MAX_DELAY_S, delay_s * 2)
+
+    @contextlib.asynccontextmanager
+    async def _connected(self, url: str) -> AsyncIterator[ClientConnection]:
+        """A socket that `close` knows of until it is closed."""
+        socket = await connect(
+            url, max_size=MAX_SEGMENT_BYTES, compression=None, close_timeout=CLOSE_TIMEOUT_S
+        )
+        self._sockets.add(socket)
+        try:
+            yield socket
+        finally:
+            await socket.close()
+            self._sockets.discard(socket)
 
     def _stream_url(self, session_id: str, reader: _Reader) -> str:
         query = f"?format={reader.format}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
+from pathlib import Path
 
 import httpx
 import pytest
@@ -29,10 +33,16 @@ PROMPT = "a red ball on a blue background"
 OTHER = "a green square on a black background"
 COUNT = 24
 METRICS = (
-    "echo_ray_chunk_latency_seconds_bucket",
+    "echo_ray_chunk_latency_seconds",
     "echo_ray_frames_generated_total",
-    "echo_ray_sessions{",
-    "echo_ray_resume_duration_seconds_count",
+    "echo_ray_frames_per_second",
+    "echo_ray_chunk_realtime_factor_ratio",
+    "echo_ray_time_to_first_chunk_seconds",
+    "echo_ray_sessions",
+    "echo_ray_drift_score",
+    "echo_ray_snapshot_duration_seconds",
+    "echo_ray_snapshot_size_bytes",
+    "echo_ray_resume_duration_seconds",
     "echo_ray_failovers_total",
 )
 Disturbance = Callable[[EchoClient, str, int], Awaitable[None]]
@@ -185,9 +195,31 @@ def test_metrics_tell_what_happened(service: Service) -> None:
     pages.append(httpx.get(f"{service.url}/metrics").text)
     text = "\n".join(pages)
     for name in METRICS:
-        assert name in text
+        assert f"# TYPE {name} " in text
     sessions = httpx.get(f"{service.url}/v1/sessions").json()["sessions"]
     assert not [s["id"] for s in sessions if s["id"] in text]
+
+
+def test_the_readme_s_program_runs(service: Service) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "http://127.0.0.1:8000" in program
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            program.replace("http://127.0.0.1:8000", service.url),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    digests = undisturbed(PROMPT, 7, 21, {})
+    assert [(int(n), d) for n, d, _ in lines] == [(n, d[:12]) for n, d in enumerate(digests)]
 
 
 @pytest.mark.browser
