@@ -60,11 +60,17 @@ def running_service(folder: Path, **settings: object) -> Iterator[Service]:
     try:
         asyncio.run(wait_for_replicas(service, 2))
         yield service
-    finally:
+    except BaseException:
         end(process)
+        raise
+    assert end(process) == 0
+    said = log.read_text().splitlines()
+    assert said[0] == "starting ..."
+    assert said[1].startswith(f"echo_ray serves at {service.url} ")
+    assert said[-1] == "stopped"
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> int:
     """SIGTERM, then SIGKILL for it and for every descendant that is still there."""
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
@@ -75,6 +81,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
     for child in psutil.wait_procs(family, timeout=5)[1]:
         child.kill()
+    return process.returncode
 
 
 async def wait_for_replicas(service: Service, count: int) -> list[str]:

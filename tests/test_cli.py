@@ -1,12 +1,8 @@
-import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import yaml
@@ -223,32 +219,3 @@ def test_snapshot_inspect_refuses_what_is_not_whole(capsys, snapshot_file, tmp_p
     assert "No such file" in said
     with pytest.raises(SystemExit, match="2"):
         main(["snapshot", "destroy", "x"])
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(120)
-def test_serve_starts_answers_and_leaves_on_sigterm(tmp_path):
-    script = (
-        "import functools, sys\n"
-        "from echo_ray.serve import app\n"
-        "from echo_ray.cli import main\n"
-        "fake = 'fakes:build_fake_engine'\n"
-        "app.application = functools.partial(app.application, engine=fake)\n"
-        f"sys.exit(main(['serve', '--set', 'http.port=0', '--set', 'storage.path={tmp_path}']))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout.readline() == "starting ...\n"
-            url = process.stdout.readline().split()[3]
-            assert httpx.get(f"{url}/healthz", timeout=10).status_code == 200
-            assert "<title>echo_ray</title>" in httpx.get(url, timeout=10).text
-            started = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(40) == 0
-            assert time.monotonic() - started < 30
-            assert process.stdout.read() == "stopped\n"
-        finally:
-            process.kill()

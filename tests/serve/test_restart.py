@@ -22,7 +22,7 @@ PROMPT = "a red ball on a blue background"
 async def begin(service: Service) -> tuple[str, list[str]]:
     """Watch a new session, killing the router on the way."""
     async with EchoClient(service.url) as client:
-        session = (await client.create(PROMPT, seed=7))["id"]
+        session = (await client.create(PROMPT, seed=7, pace="max"))["id"]
         seen = []
         stream = client.segments(session, start=0, format="raw")
         async with aclosing(stream):
