@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-ray bench demo parity train check clean
+.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray bench demo parity train check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +33,13 @@ types: $(STAMP) ## mypy, strict
 arch: $(STAMP) ## the layer rules
 	$(BIN)/lint-imports --no-cache
 
-test: lint types arch ## everything CI runs: style, types, layers, tests, faults on real processes
-	$(BIN)/pytest -m "not bench and not gpu"
+test: lint types arch test-fast test-slow ## everything CI runs: style, types, layers, tests, faults
+
+test-fast: $(STAMP) ## the tests but the long ones, faults on real processes among them
+	$(BIN)/pytest -m "not slow and not bench and not gpu"
+
+test-slow: $(STAMP) ## the long tests: random faults, old age, restarts, the page in a browser
+	$(BIN)/pytest -m "slow and not bench and not gpu"
 
 test-ray: $(STAMP) ## only the tests on a real Ray cluster
 	$(BIN)/pytest -m "ray and not bench"

@@ -27,7 +27,7 @@ from service import (
 
 from echo_ray.client import EchoClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 PROMPT = "a red ball on a blue background"
 OTHER = "a green square on a black background"

@@ -30,6 +30,7 @@ SHAPE = StreamShape(
 
 needs_browser = [
     pytest.mark.browser,
+    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
 ]
 

@@ -122,7 +122,8 @@ class Chaos:
                 self.switches.setdefault(entry.chunk, []).append(event)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_a_stream_under_random_faults_is_the_undisturbed_one(seed):
     rng = random.Random(seed)
     with Replicas(lease_ttl_s=0.6, lease_renew_s=0.05) as bench:
