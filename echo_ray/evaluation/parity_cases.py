@@ -47,12 +47,12 @@ def scheduler(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensor
 
 
 def memory_encoder(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensors:
-    c = manifest["config"]
+    c, own = manifest["config"], _under(tensors, manifest["weights_prefix"])
     shape = MemoryShape(
         frames=c["Q_frames"],
         encoder_layers=c["n_encoder_layers"],
         ffn_dim=c["ffn_dim"],
-        normalize_keys=True,
+        normalize_keys="norm_k_out.weight" in own,
     )
     dit = DiTShape(
         dim=c["hidden_dim"],
@@ -68,7 +68,7 @@ def memory_encoder(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> T
         qk_norm=c["qk_norm"],
     )
     encoder = MemoryEncoder(dit, shape)
-    load_strict(encoder, _under(tensors, manifest["weights_prefix"]), "memory encoder")
+    load_strict(encoder, own, "memory encoder")
     norm = encoder.norm_k_out
     state = encoder.initial(int(c["batch"]))
     out = {"out.state.init": state}
