@@ -64,10 +64,11 @@ def running_service(folder: Path, **settings: object) -> Iterator[Service]:
         end(process)
         raise
     assert end(process) == 0
+    # Ray's own lines about processes that died may stand anywhere between ours.
     said = log.read_text().splitlines()
     assert said[0] == "starting ..."
-    assert said[1].startswith(f"echo_ray serves at {service.url} ")
-    assert said[-1] == "stopped"
+    assert any(line.startswith(f"echo_ray serves at {service.url} ") for line in said)
+    assert "stopped" in said
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
