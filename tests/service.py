@@ -92,7 +92,7 @@ async def wait_for_replicas(service: Service, count: int) -> list[str]:
         while time.monotonic() < limit:
             if service.process.poll() is not None:
                 break
-            if await client.ready():
+            if "serves at" in service.log.read_text() and await client.ready():
                 replicas = await client.replicas()
                 if len(replicas) >= count:
                     return [r["id"] for r in replicas]

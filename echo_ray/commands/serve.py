@@ -196,12 +196,24 @@ def _deploy(plan: ServePlan, logs: Path) -> str:
     serve.start(proxy_location="Disabled")
     try:
         serve.run(app, name=APPLICATION, route_prefix=None)
-        router = serve.get_deployment_handle("Router", APPLICATION)
-        address = router.address.remote().result(timeout_s=ADDRESS_LIMIT_S)
+        return f"http://{_address(plan)}"
     except (RuntimeError, TimeoutError) as e:
         why = _first_failure() or str(e)
         raise UnavailableError(f"the service did not start: {why}\nIts logs are in {logs}") from e
-    return f"http://{address}"
+
+
+def _address(plan: ServePlan) -> str:
+    """Where the service listens: as configured, or as the router says if any port was free."""
+    from ray import serve
+
+    from echo_ray.config import EchoConfig, from_mapping
+
+    http = from_mapping(EchoConfig, plan.args).http
+    if http.port:
+        return f"[{http.host}]:{http.port}" if ":" in http.host else f"{http.host}:{http.port}"
+    router = serve.get_deployment_handle("Router", APPLICATION)
+    address: str = router.address.remote().result(timeout_s=ADDRESS_LIMIT_S)
+    return address
 
 
 def _first_failure() -> str | None:
