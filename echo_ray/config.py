@@ -35,11 +35,26 @@ class ModelSection:
     device: str = "cpu"
     threads: int = 1
     """CPU threads of the engine. More than one changes bits, so it is part of the fingerprint."""
+    weights: str | None = None
+    """Folder that `echo-ray weights convert` wrote; None: the weights inside the preset."""
+    vae: str | None = None
+    """`wan` or `tiny` for presets that have both; None: the preset's own codec."""
+    text_device: str | None = None
+    """Where prompts are encoded, if not on `device`."""
+    keep_text_encoder: bool = True
+    """False: load it for every new prompt and let go of it after, when memory is short."""
+    prompts_kept: int = 64
+    """Encoded prompts held for the next session or switch that asks for the same one."""
 
     def __post_init__(self) -> None:
         require(bool(self.preset), "model.preset", self.preset, "name a preset")
         require(self.device in ("cpu", "cuda"), "model.device", self.device, "cpu or cuda")
         require(1 <= self.threads <= 256, "model.threads", self.threads, "1 to 256")
+        known = self.text_device in (None, "cpu", "cuda")
+        require(known, "model.text_device", self.text_device, "cpu or cuda")
+        require(
+            1 <= self.prompts_kept <= 4096, "model.prompts_kept", self.prompts_kept, "1 to 4096"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +173,12 @@ class LimitsSection:
     viewers_per_session: int = 256
     sessions_per_replica: int = 16
     """An upper bound beside measured capacity."""
+    clip_bytes: int = 16 * 2**20
+    """Largest clip that a session may be opened with."""
+    clip_seconds: int = 15
+    """What lies beyond is cut off."""
+    clip_side: int = 4096
+    """Largest width or height of such a clip."""
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
@@ -209,7 +230,7 @@ def _convert(hint: Any, value: object, at: str) -> Any:
         if value is None and type(None) in args:
             return None
         inner = [a for a in args if a is not type(None)]
-        return _convert(inner[0], value, at)
+        return _convert(_member(inner, value, at), value, at)
     if origin is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ConfigError(f"{at}: expected a list, got {value!r}", param=at)
@@ -225,6 +246,17 @@ def _convert(hint: Any, value: object, at: str) -> Any:
             f"{at}: expected {hint.__name__}, got {value!r} ({type(value).__name__})", param=at
         )
     return value
+
+
+def _member(members: Sequence[Any], value: object, at: str) -> Any:
+    """Which of several dataclasses a mapping is: the one whose `kind` it names."""
+    if len(members) == 1:
+        return members[0]
+    kinds = {next(f.default for f in fields(m) if f.name == "kind"): m for m in members}
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if kind not in kinds:
+        raise ConfigError(f"{at}.kind: {kind!r} is not one of {', '.join(kinds)}", param=at)
+    return kinds[kind]
 
 
 def with_overrides(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ properties here and literals nowhere.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from echo_ray.config import from_mapping, require
 from echo_ray.errors import ConfigError, ModelUnknown
 
+DTYPES = ("float32", "bfloat16")
 PRESETS = Path(str(resources.files("echo_ray") / "presets"))
 
 
@@ -75,6 +76,8 @@ class MemoryShape:
     ffn_dim: int | None = None
     """None: four times the transformer's width, as published."""
     normalize_keys: bool = False
+    tokens: int | None = None
+    """How many the trained encoder has; None: as many as the latent grid asks for."""
     recache: bool = True
     """Whether a prompt switch rebuilds the memory from the recached window."""
 
@@ -158,7 +161,7 @@ class SamplerShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextShape:
+class WordTextShape:
     """The word-level prompt encoder of the tiny preset."""
 
     kind: str = "words"
@@ -170,8 +173,32 @@ class TextShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CodecShape:
-    """Latents to frames and back. `group`: a group of frames as channels of one image."""
+class UMT5Shape:
+    """The umT5 encoder (spec section 10); its width is the transformer's `text_dim`."""
+
+    kind: str = "umt5"
+    vocab: int = 256_384
+    dim_attn: int = 4096
+    dim_ffn: int = 10_240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require(self.kind == "umt5", "text.kind", self.kind, "umt5")
+        fits = self.dim_attn % self.num_heads == 0
+        require(fits, "text.num_heads", self.num_heads, f"divide {self.dim_attn}")
+        even = self.num_buckets >= 4 and self.num_buckets % 4 == 0
+        require(even, "text.num_buckets", self.num_buckets, "a multiple of 4")
+        far = self.max_distance > self.num_buckets // 4
+        require(far, "text.max_distance", self.max_distance, "beyond the exact buckets")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupCodecShape:
+    """Latents to frames and back: a group of frames as channels of one image."""
 
     kind: str = "group"
     widths: tuple[int, int] = (64, 112)
@@ -181,6 +208,59 @@ class CodecShape:
 
     def __post_init__(self) -> None:
         require(self.kind == "group", "codec.kind", self.kind, "group")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanVaeShape:
+    """The causal Wan2.1 VAE (spec section 9); latents are normalised by `mean` and `std`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    kind: str = "wan"
+    dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self) -> None:
+        require(self.kind == "wan", "codec.kind", self.kind, "wan")
+        flags = len(self.temporal_downsample) == len(self.dim_mult) - 1
+        rule = "one flag for each level but the last"
+        require(flags, "codec.temporal_downsample", self.temporal_downsample, rule)
+        require(len(self.mean) == len(self.std), "codec.std", self.std, "as long as codec.mean")
+        require(all(s > 0 for s in self.std), "codec.std", self.std, "positive")
+
+    @property
+    def spatial_stride(self) -> int:
+        return int(2 ** (len(self.dim_mult) - 1))
+
+    @property
+    def temporal_stride(self) -> int:
+        return int(2 ** sum(self.temporal_downsample))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyVaeShape:
+    """The TAEHV-class small autoencoder for Wan latents."""
+
+    kind: str = "tiny"
+    encoder_width: int = 64
+    decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+
+    def __post_init__(self) -> None:
+        require(self.kind == "tiny", "codec.kind", self.kind, "tiny")
+
+    @property
+    def spatial_stride(self) -> int:
+        return 8
+
+    @property
+    def temporal_stride(self) -> int:
+        return 4
+
+
+TextShape = WordTextShape | UMT5Shape
+CodecShape = GroupCodecShape | WanVaeShape | TinyVaeShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +274,10 @@ class Preset:
     sampler: SamplerShape
     text: TextShape
     codec: CodecShape
+    small_codec: TinyVaeShape | None = None
+    """A quicker codec for the same latents, chosen by `model.vae: tiny`."""
+    dtype: str = "float32"
+    """In which weights, state and arithmetic are held."""
 
     def __post_init__(self) -> None:
         c = self.cache
@@ -204,6 +288,13 @@ class Preset:
             "a served preset has a sink of one chunk and a window of whole chunks",
         )
         require(1 <= self.fps <= 240, "fps", self.fps, "1 to 240")
+        require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+        if isinstance(self.codec, WanVaeShape):
+            channels = self.dit.in_channels
+            fits = len(self.codec.mean) == channels
+            require(fits, "codec.mean", self.codec.mean, f"{channels} values, one a channel")
+        if c.memory is not None and c.memory.tokens is not None:
+            check_memory_tokens(self.dit, c.memory, c.memory.tokens)
 
     @property
     def width(self) -> int:
@@ -224,17 +315,55 @@ class Preset:
         return 1 + (self.cache.frames_per_chunk - 1) * self.codec.temporal_stride
 
 
+def check_memory_tokens(dit: DiTShape, memory: MemoryShape, tokens: int) -> None:
+    """Raise `ConfigError` unless a memory encoder of so many tokens fits the latent grid."""
+    grid = f"{dit.latent_height} x {dit.latent_width} latents make {dit.tokens_per_frame}"
+    require(
+        tokens == memory.frames * dit.tokens_per_frame,
+        "cache.memory.tokens",
+        tokens,
+        f"the memory holds {memory.frames} frames of {tokens / memory.frames:g} tokens, and {grid} "
+        "tokens a frame; the resolution is fixed by the trained memory encoder: keep the preset's "
+        "dit.latent_height and dit.latent_width, or bring an encoder trained for another grid",
+    )
+
+
 def preset_folder(name: str) -> Path:
-    """Folder of a preset by name. Raises `ModelUnknown`, naming those that exist."""
+    """Folder of a preset: a packaged one by its name, or any folder that holds a `preset.toml`.
+
+    Raises `ModelUnknown`, naming those that exist.
+    """
     known = sorted(p.parent.name for p in PRESETS.glob("*/preset.toml"))
-    if name not in known:
-        raise ModelUnknown(f"model {name!r} is unknown; known: {', '.join(known)}", param="model")
-    return PRESETS / name
+    if name in known:
+        return PRESETS / name
+    if (Path(name) / "preset.toml").is_file():
+        return Path(name)
+    raise ModelUnknown(
+        f"model {name!r} is unknown; known: {', '.join(known)}, or a folder with a preset.toml",
+        param="model",
+    )
 
 
 def load_preset(name: str) -> Preset:
     """Read and check a preset's `preset.toml`."""
     return read_preset(preset_folder(name) / "preset.toml")
+
+
+def with_codec(preset: Preset, vae: str | None) -> Preset:
+    """The preset with the codec that `model.vae` names; None keeps the preset's own.
+
+    Raises `ConfigError` if the preset has no such codec.
+    """
+    codecs = {preset.codec.kind: preset.codec}
+    if preset.small_codec is not None:
+        codecs[preset.small_codec.kind] = preset.small_codec
+    require(
+        vae is None or vae in codecs,
+        "model.vae",
+        vae,
+        f"preset {preset.name} has {' or '.join(codecs)}",
+    )
+    return preset if vae is None else replace(preset, codec=codecs[vae], small_codec=None)
 
 
 def read_preset(file: Path) -> Preset:

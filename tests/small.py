@@ -11,12 +11,12 @@ from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.weights import Modules, build_modules
 from echo_ray.preset import (
     CacheShape,
-    CodecShape,
+    GroupCodecShape,
     DiTShape,
     MemoryShape,
     Preset,
     SamplerShape,
-    TextShape,
+    WordTextShape,
 )
 
 
@@ -43,8 +43,8 @@ def small_preset(steps: tuple[int, ...] = (1000, 500), **cache: object) -> Prese
         ),
         cache=replace(CacheShape(memory=memory), **cache),  # type: ignore[arg-type]
         sampler=SamplerShape(steps=steps),
-        text=TextShape(layers=1, heads=2),
-        codec=CodecShape(widths=(8, 8), blocks=1),
+        text=WordTextShape(layers=1, heads=2),
+        codec=GroupCodecShape(widths=(8, 8), blocks=1),
     )
 
 

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from echo_ray.errors import WeightsError
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.dit import DiT
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.state_dict import load_strict
-from echo_ray.model.text import WordTextEncoder
+from echo_ray.model.words import WordTextEncoder
 from echo_ray.preset import Preset
 
 FILE = "weights.safetensors"

@@ -1,149 +1,54 @@
-"""Latents to frames and back for the tiny preset: a group of frames as channels of one image.
+"""What every codec can do: frames to latents, and a stream of latents to frames.
 
-One latent holds `temporal_stride` frames; the first latent of a video holds its first frame,
-repeated, and decodes to that one frame. So 1 + 4k frames make 1 + k latents, nothing looks ahead,
-and a stream decodes latent by latent with no cache to keep: the state says only whether the first
-latent was seen.
+A decoder's past is a value, a `CodecState`, that goes in and comes out; modules hold weights only.
 
-Shapes: B batch, N pixel frames, F latent frames, G groups, C channels, H W pixels, h w latents.
+Shapes: B batch, N pixel frames, F latent frames, C channels, H W pixels, h w latents.
 """
 
 from __future__ import annotations
 
-import torch
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
-from torch.nn import functional as fn
 
-from echo_ray.preset import CodecShape
-
-BEGUN = "begun"
-NORM_GROUPS = 8
+CodecState = dict[str, Tensor]
+"""What a decoder keeps of the latents before; never changed in place."""
 
 
-class ResidualBlock(nn.Module):
-    """Two convolutions with their norms, added to the input."""
+class Codec(nn.Module, ABC):
+    """A causal video autoencoder: 1 + 4k frames are 1 + k latents."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(NORM_GROUPS, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(NORM_GROUPS, width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+    @property
+    @abstractmethod
+    def rebuild_latents(self) -> int:
+        """Trailing latents from which `rebuild` gives the live state, bit for bit."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(fn.silu(self.norm1(x)))
-        y = self.conv2(fn.silu(self.norm2(y)))
-        out: Tensor = x + y
-        return out
-
-
-class GroupEncoder(nn.Module):
-    """Groups of frames to raw latents: coarse features first, then half the size."""
-
-    def __init__(self, shape: CodecShape, channels: int) -> None:
-        super().__init__()
-        fine, coarse = shape.widths
-        fold = shape.spatial_stride // 2
-        blocks = max(1, shape.blocks - 1)
-        self.fold = nn.PixelUnshuffle(fold)
-        self.stem = nn.Conv2d(3 * shape.temporal_stride * fold**2, fine, 3, padding=1)
-        self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(blocks)))
-        self.down = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
-        self.coarse = nn.Sequential(*(ResidualBlock(coarse) for _ in range(blocks)))
-        self.head = nn.Conv2d(coarse, channels, 1)
-
-    def forward(self, groups_GCHW: Tensor) -> Tensor:
-        x = self.fine(self.stem(self.fold(groups_GCHW)))
-        out: Tensor = self.head(self.coarse(self.down(x)))
-        return out
-
-
-class GroupDecoder(nn.Module):
-    """Raw latents to groups of frames; mirrors the encoder with one more block a level."""
-
-    def __init__(self, shape: CodecShape, channels: int) -> None:
-        super().__init__()
-        fine, coarse = shape.widths
-        fold = shape.spatial_stride // 2
-        self.stem = nn.Conv2d(channels, coarse, 3, padding=1)
-        self.coarse = nn.Sequential(*(ResidualBlock(coarse) for _ in range(shape.blocks)))
-        self.up = nn.Sequential(nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2))
-        self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(shape.blocks)))
-        self.norm = nn.GroupNorm(NORM_GROUPS, fine)
-        self.head = nn.Conv2d(fine, 3 * shape.temporal_stride * fold**2, 3, padding=1)
-        self.unfold = nn.PixelShuffle(fold)
-
-    def forward(self, latents_GChw: Tensor) -> Tensor:
-        x = self.fine(self.up(self.coarse(self.stem(latents_GChw))))
-        out: Tensor = self.unfold(self.head(fn.silu(self.norm(x))))
-        return out
-
-
-class GroupCodec(nn.Module):
-    """The codec of the tiny preset, with the streaming interface of every decoder here."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, shape: CodecShape, channels: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.channels = channels
-        self.encoder = GroupEncoder(shape, channels)
-        self.decoder = GroupDecoder(shape, channels)
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
-
+    @abstractmethod
     def encode(self, frames_BNCHW: Tensor) -> Tensor:
-        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
-        b, n, _, height, width = frames_BNCHW.shape
-        stride = self.shape.temporal_stride
-        if (n - 1) % stride:
-            raise ValueError(f"{n} frames cannot be encoded: needs 1 + a multiple of {stride}")
-        first = frames_BNCHW[:, :1].expand(-1, stride - 1, -1, -1, -1)
-        groups = torch.cat([first, frames_BNCHW], dim=1)
-        groups = groups.reshape(-1, 3 * stride, height, width)
-        raw = self.encoder(2 * groups - 1)
-        latents = (raw - self._per_channel(self.mean)) / self._per_channel(self.std)
-        out: Tensor = latents.view(b, -1, *latents.shape[1:])
-        return out
+        """Whole video in [0, 1] to normalised latents [B, F, C, h, w].
 
-    def decode_groups(self, latents_GChw: Tensor) -> Tensor:
-        """Normalised latents to unclamped groups [G, 3 * stride, H, W] in [0, 1]."""
-        raw = latents_GChw * self._per_channel(self.std) + self._per_channel(self.mean)
-        out: Tensor = (self.decoder(raw) + 1) / 2
-        return out
-
-    def initial_state(self) -> dict[str, Tensor]:
-        """State of a stream of which nothing was decoded yet; lives on the host."""
-        return {BEGUN: torch.zeros(1, dtype=torch.uint8)}
-
-    def decode(
-        self, latents_BFChw: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decode the next latents of a stream; the stream's very first latent is one frame.
-
-        Latent by latent, so that the frames do not depend on how a stream was cut into calls.
+        Raises `InvalidRequestError` unless N is 1 + a multiple of the temporal stride.
         """
-        stride = self.shape.temporal_stride
-        groups = [
-            self._as_frames(self.decode_groups(latents_BFChw[:, f]))
-            for f in range(latents_BFChw.shape[1])
-        ]
-        frames = torch.cat(groups, dim=1).clamp(0.0, 1.0)
-        # A host tensor, so reading it never waits for a device.
-        if not bool(state[BEGUN]):
-            frames = frames[:, stride - 1 :]
-        return frames, {BEGUN: torch.ones(1, dtype=torch.uint8)}
 
-    def rebuild(self, latents_BFChw: Tensor, first: bool) -> dict[str, Tensor]:
+    @abstractmethod
+    def initial_state(self) -> CodecState:
+        """State of a stream of which nothing was decoded yet."""
+
+    @abstractmethod
+    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Frames [B, N, 3, H, W], float32 in [0, 1], of the next latents of a stream.
+
+        The stream's very first latent is one frame, every later one `temporal_stride` frames. How
+        a stream is cut into calls changes no bit of its frames.
+        """
+
+    def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents; `first`: they start where the stream starts."""
-        begun = latents_BFChw.shape[1] > 0 or not first
-        return {BEGUN: torch.full((1,), int(begun), dtype=torch.uint8)}
+        state = self.initial_state() if first else self.midstream_state()
+        if not latents_BFChw.shape[1]:
+            return state
+        return self.decode(latents_BFChw, state)[1]
 
-    def _as_frames(self, groups_GCHW: Tensor) -> Tensor:
-        size = groups_GCHW.shape
-        return groups_GCHW.view(size[0], self.shape.temporal_stride, 3, *size[2:])
-
-    def _per_channel(self, values_C: Tensor) -> Tensor:
-        return values_C[:, None, None]
+    @abstractmethod
+    def midstream_state(self) -> CodecState:
+        """State of a stream whose past is unknown, but for that there was one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from echo_ray.errors import ConfigError, EchoError
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 from echo_ray.preset import Preset, load_preset
 from echo_ray.training.bank import load_or_build
 from echo_ray.training.codec_stage import CodecStage

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from echo_ray.model.codec import GroupCodec
-from echo_ray.model.text import padded_ids
+from echo_ray.model.group_codec import GroupCodec
+from echo_ray.model.words import padded_ids
 from echo_ray.preset import Preset
 from echo_ray.training.clips import Clip, make_clip
 from echo_ray.training.recipe import Recipe

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 from echo_ray.preset import Preset
 from echo_ray.training.loop import StepRandom
 from echo_ray.training.pictures import contact_sheet

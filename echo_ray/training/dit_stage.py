@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from echo_ray.engine.weights import load_modules
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.dit import DiT, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.sampler import Schedule
-from echo_ray.model.text import WordTextEncoder
+from echo_ray.model.words import WordTextEncoder
 from echo_ray.preset import Preset
 from echo_ray.training.bank import Bank
 from echo_ray.training.export import write_weights

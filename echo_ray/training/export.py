@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echo_ray.errors import WeightsError
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 
 
 def write_weights(model: nn.Module, codec: GroupCodec, file: Path) -> None:

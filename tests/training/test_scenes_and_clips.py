@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from echo_ray.model.text import read_prompt
+from echo_ray.model.words import read_prompt
 from echo_ray.training.clips import chunk_of_frames, make_clip
 from echo_ray.training.scenes import (
     BACKGROUND_RGB,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import small_preset
 
-from echo_ray.model.codec import GroupCodec
+from echo_ray.model.group_codec import GroupCodec
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echo_ray.errors import ConfigError
-from echo_ray.model.text import (
+from echo_ray.model.words import (
     IDS,
     PADDING,
     SILENT,
@@ -16,13 +16,13 @@ from echo_ray.model.text import (
     padded_ids,
     read_prompt,
 )
-from echo_ray.preset import TextShape
+from echo_ray.preset import WordTextShape
 
 
 @pytest.fixture
 def encoder() -> WordTextEncoder:
     torch.manual_seed(5)
-    return WordTextEncoder(TextShape(layers=2, heads=2), 16, 8).requires_grad_(False)
+    return WordTextEncoder(WordTextShape(layers=2, heads=2), 16, 8).requires_grad_(False)
 
 
 def words(prompt: str) -> list[str]:
@@ -83,4 +83,4 @@ def test_padding_fills_up_to_the_length() -> None:
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"text\.heads: 3"):
-        WordTextEncoder(TextShape(heads=3), 16, 8)
+        WordTextEncoder(WordTextShape(heads=3), 16, 8)

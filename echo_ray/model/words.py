@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from echo_ray.config import require
-from echo_ray.preset import TextShape
+from echo_ray.preset import WordTextShape
 
 PADDING = "<pad>"
 
@@ -117,7 +117,7 @@ class EncoderLayer(nn.Module):
 class WordTextEncoder(nn.Module):
     """Words to the rows that the transformer's cross-attention reads."""
 
-    def __init__(self, shape: TextShape, text_dim: int, text_len: int) -> None:
+    def __init__(self, shape: WordTextShape, text_dim: int, text_len: int) -> None:
         super().__init__()
         require(text_dim % shape.heads == 0, "text.heads", shape.heads, f"divide {text_dim}")
         self.text_len = text_len
