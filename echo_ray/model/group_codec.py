@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from echo_ray.errors import InvalidRequestError
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import BEGUN, begun_flag
 from echo_ray.preset import GroupCodecShape
 
-BEGUN = "begun"
 NORM_GROUPS = 8
 
 
@@ -79,7 +81,7 @@ class GroupDecoder(nn.Module):
         return out
 
 
-class GroupCodec(nn.Module):
+class GroupCodec(Codec):
     """The codec of the tiny preset, with the streaming interface of every decoder here."""
 
     mean: Tensor
@@ -94,12 +96,20 @@ class GroupCodec(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
+    @property
+    def rebuild_latents(self) -> int:
+        """None: a group is decoded by itself."""
+        return 0
+
     def encode(self, frames_BNCHW: Tensor) -> Tensor:
         """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
         b, n, _, height, width = frames_BNCHW.shape
         stride = self.shape.temporal_stride
-        if (n - 1) % stride:
-            raise ValueError(f"{n} frames cannot be encoded: needs 1 + a multiple of {stride}")
+        if n < 1 or (n - 1) % stride:
+            raise InvalidRequestError(
+                f"{n} frames cannot be encoded: needs 1 + a multiple of {stride}; "
+                f"give {max(0, n - 1) // stride * stride + 1}"
+            )
         first = frames_BNCHW[:, :1].expand(-1, stride - 1, -1, -1, -1)
         groups = torch.cat([first, frames_BNCHW], dim=1)
         groups = groups.reshape(-1, 3 * stride, height, width)
@@ -114,13 +124,15 @@ class GroupCodec(nn.Module):
         out: Tensor = (self.decoder(raw) + 1) / 2
         return out
 
-    def initial_state(self) -> dict[str, Tensor]:
+    def initial_state(self) -> CodecState:
         """State of a stream of which nothing was decoded yet; lives on the host."""
-        return {BEGUN: torch.zeros(1, dtype=torch.uint8)}
+        return {BEGUN: begun_flag(False)}
 
-    def decode(
-        self, latents_BFChw: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def midstream_state(self) -> CodecState:
+        """State of a stream that has begun; nothing else of its past matters."""
+        return {BEGUN: begun_flag(True)}
+
+    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Decode the next latents of a stream; the stream's very first latent is one frame.
 
         Latent by latent, so that the frames do not depend on how a stream was cut into calls.
@@ -134,12 +146,7 @@ class GroupCodec(nn.Module):
         # A host tensor, so reading it never waits for a device.
         if not bool(state[BEGUN]):
             frames = frames[:, stride - 1 :]
-        return frames, {BEGUN: torch.ones(1, dtype=torch.uint8)}
-
-    def rebuild(self, latents_BFChw: Tensor, first: bool) -> dict[str, Tensor]:
-        """State after the given trailing latents; `first`: they start where the stream starts."""
-        begun = latents_BFChw.shape[1] > 0 or not first
-        return {BEGUN: torch.full((1,), int(begun), dtype=torch.uint8)}
+        return frames, {BEGUN: begun_flag(True)}
 
     def _as_frames(self, groups_GCHW: Tensor) -> Tensor:
         size = groups_GCHW.shape

@@ -1,0 +1,209 @@
+"""The causal Wan2.1 VAE (spec section 9), encoder and decoder, as streams.
+
+One latent holds four frames, the first latent of a video a single one. A decoder goes on from
+what its causal convolutions saw last, which is its whole state, and works latent by latent, so
+that a stream's frames do not depend on how it was cut into calls. Attribute names are those of
+the published checkpoint.
+
+Shapes: B batch, N pixel frames, F latent frames, T frames of a step, C channels, H W pixels,
+h w latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as fn
+
+from echo_ray.errors import InvalidRequestError
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import BEGUN, History, begun_flag
+from echo_ray.model.wan_blocks import (
+    CONV_PAST,
+    CausalConv,
+    ChannelNorm,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    middle_blocks,
+    name_histories,
+    run_blocks,
+)
+from echo_ray.preset import WanVaeShape
+
+TIME_DIM = 2
+MIDDLE_CONVS = 4
+CONVS_PER_BLOCK = 2
+
+
+class WanEncoder(nn.Module):
+    """Pixels in [-1, 1] to the posterior's mean and log variance."""
+
+    def __init__(self, shape: WanVaeShape, z_dim: int) -> None:
+        super().__init__()
+        widths = [shape.dim * m for m in (1, *shape.dim_mult)]
+        self.conv1 = CausalConv(3, widths[0])
+        self.downsamples = nn.ModuleList()
+        for level, (width_in, width) in enumerate(pairwise(widths)):
+            for i in range(shape.num_res_blocks):
+                self.downsamples.append(ResidualBlock(width if i else width_in, width))
+            if level < len(shape.temporal_downsample):
+                self.downsamples.append(Downsample(width, shape.temporal_downsample[level]))
+        self.middle = middle_blocks(widths[-1])
+        self.head = nn.ModuleDict(
+            {"0": ChannelNorm(widths[-1], 3), "2": CausalConv(widths[-1], 2 * z_dim)}
+        )
+
+    def step(self, pixels_BCTHW: Tensor, history: History) -> Tensor:
+        x = self.conv1.step(pixels_BCTHW, history)
+        x = run_blocks(self.downsamples, x, history)
+        return run_head(self.head, run_blocks(self.middle, x, history), history)
+
+
+class WanDecoder(nn.Module):
+    """Raw latents to pixels around [-1, 1]; mirrors the encoder with one more block a level."""
+
+    def __init__(self, shape: WanVaeShape, z_dim: int) -> None:
+        super().__init__()
+        widths = [shape.dim * m for m in reversed(shape.dim_mult)]
+        self.conv1 = CausalConv(z_dim, widths[0])
+        self.middle = middle_blocks(widths[0])
+        self.upsamples = nn.ModuleList()
+        times = tuple(reversed(shape.temporal_downsample))
+        width_in = widths[0]
+        for level, width in enumerate(widths):
+            for i in range(shape.num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(width if i else width_in, width))
+            if level < len(times):
+                self.upsamples.append(Upsample(width, times[level]))
+                width_in = width // 2
+        self.head = nn.ModuleDict({"0": ChannelNorm(widths[-1], 3), "2": CausalConv(widths[-1], 3)})
+
+    def step(self, latent_BCThw: Tensor, history: History) -> Tensor:
+        x = run_blocks(self.middle, self.conv1.step(latent_BCThw, history), history)
+        return run_head(self.head, run_blocks(self.upsamples, x, history), history)
+
+
+def run_head(head: nn.ModuleDict, x_BCTHW: Tensor, history: History) -> Tensor:
+    return cast(CausalConv, head["2"]).step(fn.silu(head["0"](x_BCTHW)), history)
+
+
+class WanVae(Codec):
+    """The published autoencoder: normalised latents, explicit state, any float type."""
+
+    def __init__(self, shape: WanVaeShape, z_dim: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.z_dim = z_dim
+        self.encoder = WanEncoder(shape, z_dim)
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = WanDecoder(shape, z_dim)
+        name_histories(self)
+        self._scales: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def rebuild_latents(self) -> int:
+        """The oldest latent that some kept frame of the decoder depends on, counted from the end.
+
+        From the last convolution back to the first: each one needs two frames more of its input
+        than of its output, and a temporal up-sampling half as many. 38 for the published shape.
+        """
+        frames = CONV_PAST
+        block = CONV_PAST * CONVS_PER_BLOCK
+        # Decoder levels from the last to the first, each with the up-sampling that leads to it.
+        for time in (*self.shape.temporal_downsample, None):
+            frames += block * (self.shape.num_res_blocks + 1)
+            if time:
+                frames = (frames + 1) // 2 + CONV_PAST
+        return frames + CONV_PAST * MIDDLE_CONVS + CONV_PAST
+
+    def encode(self, frames_BNCHW: Tensor) -> Tensor:
+        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
+        return self._encode(2 * group - 1 for group in self._groups(frames_BNCHW))
+
+    def encode_raw(self, pixels_BNCHW: Tensor) -> Tensor:
+        """As `encode`, of pixels in [-1, 1]."""
+        return self._encode(self._groups(pixels_BNCHW))
+
+    def initial_state(self) -> CodecState:
+        """State of a stream of which nothing was decoded yet: no convolution has a past."""
+        return {BEGUN: begun_flag(False)}
+
+    def midstream_state(self) -> CodecState:
+        """State of a stream whose past is unknown: zeros, but every latent is four frames.
+
+        What the zeros do to the next latents has died out after `rebuild_latents` of them.
+        """
+        return {BEGUN: begun_flag(True)}
+
+    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Frames [B, N, 3, H, W], float32 in [0, 1], of the next latents of a stream."""
+        pixels, state = self.decode_raw(latents_BFChw, state)
+        return pixels.clamp(-1.0, 1.0) / 2 + 0.5, state
+
+    def decode_raw(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """As `decode`, but pixels around [-1, 1] as the decoder gives them, in float32."""
+        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.z_dim:
+            raise InvalidRequestError(
+                f"latents of shape {tuple(latents_BFChw.shape)} cannot be decoded: this codec "
+                f"needs [batch, latents, {self.z_dim}, height, width]"
+            )
+        b, _, _, h, w = latents_BFChw.shape
+        stride = self.shape.spatial_stride
+        parts = [latents_BFChw.new_zeros(b, 0, 3, stride * h, stride * w, dtype=torch.float32)]
+        mean_C111, std_C111 = self._mean_and_std(latents_BFChw.device)
+        for latent_BChw in latents_BFChw.unbind(1):
+            raw_BCThw = latent_BChw[:, :, None].float() * std_C111 + mean_C111
+            history = History.of_stream(state, TIME_DIM)
+            pixels = self.decoder.step(self.conv2(raw_BCThw.to(self.conv2.weight.dtype)), history)
+            parts.append(pixels.transpose(1, 2).float())
+            state = history.state()
+        return torch.cat(parts, dim=1), state
+
+    def _groups(self, frames_BNCHW: Tensor) -> Iterator[Tensor]:
+        """One frame, then as many as a latent holds, again and again."""
+        time, space = self.shape.temporal_stride, self.shape.spatial_stride
+        n, _, height, width = frames_BNCHW.shape[1:]
+        if n < 1 or (n - 1) % time:
+            raise InvalidRequestError(
+                f"{n} frames cannot be encoded: needs 1 + a multiple of {time}; "
+                f"give {max(0, n - 1) // time * time + 1}"
+            )
+        if height % space or width % space:
+            raise InvalidRequestError(
+                f"frames of {width} x {height} cannot be encoded: "
+                f"width and height must be multiples of {space}; scale or crop them"
+            )
+        yield frames_BNCHW[:, :1]
+        if n > 1:
+            yield from torch.split(frames_BNCHW[:, 1:], time, dim=1)
+
+    def _encode(self, groups_BTCHW: Iterator[Tensor]) -> Tensor:
+        state: CodecState = {}
+        latents = []
+        for index, group_BTCHW in enumerate(groups_BTCHW):
+            history = History(state, first=index == 0, time_dim=TIME_DIM)
+            pixels_BCTHW = group_BTCHW.transpose(1, 2).to(self.conv1.weight.dtype)
+            moments = self.conv1(self.encoder.step(pixels_BCTHW, history))
+            latents.append(moments[:, : self.z_dim])
+            state = history.after
+        raw_BCFhw = torch.cat(latents, dim=2)
+        mean_C111, std_C111 = self._mean_and_std(raw_BCFhw.device)
+        normalised = (raw_BCFhw.float() - mean_C111) / std_C111
+        return normalised.to(raw_BCFhw.dtype).transpose(1, 2)
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The latents' scale in float32; once a device, because the copy waits for it."""
+        if device not in self._scales:
+            with torch.inference_mode(False):
+                pair = [
+                    torch.tensor(values, dtype=torch.float32, device=device)[:, None, None, None]
+                    for values in (self.shape.mean, self.shape.std)
+                ]
+            self._scales[device] = (pair[0], pair[1])
+        return self._scales[device]
