@@ -207,6 +207,10 @@ class SnapshotVersion(SnapshotError):
     code = "snapshot_version"
 
 
+class MemoryShort(ConfigError):
+    code = "memory_short"
+
+
 class WeightsError(EchoError):
     code = "weights_invalid"
 

@@ -19,7 +19,8 @@ import psutil
 
 from echo_ray.client import EchoClient, Segment
 from echo_ray.config import ModelSection
-from echo_ray.engine.engine import EchoEngine, build_engine
+from echo_ray.engine.build import build_engine
+from echo_ray.engine.engine import EchoEngine
 
 COMMAND = "import sys; from echo_ray.cli import main; sys.exit(main())"
 START_LIMIT_S = 90.0

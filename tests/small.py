@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from echo_ray.engine.engine import EchoEngine
-from echo_ray.engine.weights import Modules, build_modules
+from echo_ray.weights.modules import Modules, build_modules
 from echo_ray.preset import (
     CacheShape,
     GroupCodecShape,

@@ -36,7 +36,7 @@ def report(viewings: list[Viewing], out: Path) -> int:
 
     from echo_ray.config import ModelSection
     from echo_ray.engine.clip import contact_sheet, write_clip
-    from echo_ray.engine.engine import build_engine
+    from echo_ray.engine.build import build_engine
 
     engine = build_engine(ModelSection())
     findings = {}

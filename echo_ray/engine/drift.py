@@ -12,7 +12,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from echo_ray.session.chunk import DriftReading
 
@@ -124,3 +126,16 @@ def _flags(
     if parts["latent_spread"] > 3.0 * max(base["latent_spread"], FLOOR["latent_spread"]):
         flags.append("exploded")
     return tuple(flags)
+
+
+def latent_statistics(latents: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """[mean size per channel, spread per channel, memory norm, relative memory update]."""
+    wide = latents.float()
+    mean = wide.mean(dim=(0, 1, 3, 4)).abs().mean()
+    spread = wide.std(dim=(0, 1, 3, 4)).mean()
+    zero = torch.zeros_like(mean)
+    if before is None or after is None:
+        return torch.stack([mean, spread, zero, zero])
+    norm = after.float().pow(2).mean().sqrt()
+    update = (after.float() - before.float()).pow(2).mean().sqrt() / norm.clamp_min(1e-6)
+    return torch.stack([mean, spread, norm, update])

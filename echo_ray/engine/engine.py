@@ -8,38 +8,34 @@ Shapes: B batch (1 here), F latent frames, C H W latent, N pixel frames.
 
 from __future__ import annotations
 
-import hashlib
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from echo_ray.config import ModelSection
-from echo_ray.engine.drift import DriftState, frame_parts, read_drift
+from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
+from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.generator import Generator, LatentState
-from echo_ray.engine.noise import SEED_LIMIT, gaussian
-from echo_ray.engine.state import CompactState, SessionState, pack, unpack
-from echo_ray.engine.weights import FILE, Modules, load_modules
+from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
+from echo_ray.engine.prompts import PromptBook, padded
+from echo_ray.engine.state import CompactState, Prompt, SessionState, pack, unpack
 from echo_ray.errors import (
-    ConfigError,
     EngineError,
     InvalidRequestError,
     PromptError,
     SnapshotCorrupt,
     SnapshotForeign,
 )
-from echo_ray.preset import Preset, load_preset, preset_folder
+from echo_ray.model.codec import CodecState
+from echo_ray.preset import Preset
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
 from echo_ray.session.engine_port import StreamShape, stream_shape
 from echo_ray.session.snapshot import Snapshot
-
-CODE_EPOCH = 1
-"""Raised whenever a change of code changes bits."""
+from echo_ray.weights.modules import Modules
 
 
 @dataclass(slots=True)
@@ -59,15 +55,27 @@ class EchoEngine:
     """Implements `echo_ray.session.engine_port.Engine` on one torch device."""
 
     def __init__(
-        self, preset: Preset, modules: Modules, device: torch.device, threads: int
+        self,
+        preset: Preset,
+        modules: Modules,
+        device: torch.device,
+        threads: int,
+        *,
+        prompts_kept: int = 64,
+        text: torch.device | None = None,
     ) -> None:
+        """`text`: where prompts are encoded, if not on `device`."""
         self._preset = preset
         self._modules = modules
         self._device = device
         self._threads = threads
         self._shape = stream_shape(preset)
-        self._generator = Generator(modules.dit, modules.memory, preset.cache, preset.sampler)
-        self._fingerprint = f"{_model_identity(preset, modules)}/{_numerics(device, threads)}"
+        self._generator = Generator(
+            modules.dit, modules.memory, preset.cache, preset.sampler, modules.codec.rebuild_latents
+        )
+        self._prompts = PromptBook(modules.text, prompts_kept)
+        numerics = numerics_of(device, text or device, threads)
+        self._fingerprint = f"{model_identity(preset, modules)}/{numerics}"
 
     @property
     def shape(self) -> StreamShape:
@@ -81,17 +89,17 @@ class EchoEngine:
         """The prompt's words that the model knows, and those it ignores."""
         return self._modules.text.understood(prompt)
 
-    def open(self, prompt: str, seed: int) -> SessionState:
-        """Point 0 of a new session. Raises `PromptError` or `InvalidRequestError`."""
-        if not prompt.strip():
-            raise PromptError("prompt is empty; say what to show", param="prompt")
+    def open(self, prompt: str, seed: int, first_frames: bytes = b"") -> SessionState:
+        """Point 0 of a new session; see `Engine.open`."""
         if not 0 <= seed < SEED_LIMIT:
             raise InvalidRequestError(
                 f"seed {seed} is not from 0 to {SEED_LIMIT - 1}", param="seed"
             )
         with self._running():
-            latent = self._generator.start(self._embed(prompt))
-        return self._state(prompt, prompt, seed, latent, DriftState())
+            written = self._look_up(prompt)
+            latent = self._generator.start(self._embed(written))
+            given = self._encoded(first_frames)
+        return self._state(written, written, seed, latent, given, DriftState())
 
     def step(self, state: SessionState, prompts: Sequence[str] = ()) -> Chunk:
         """Generate the next chunk; see `Engine.step`."""
@@ -102,10 +110,7 @@ class EchoEngine:
                 if prompts:
                     self._switch(state, prompts[-1], stages)
                 query = state.latent.query_BMC
-                with stages.timed("denoise"):
-                    latents = self._generator.denoise(state.latent, self._noise(state.seed))
-                with stages.timed("context"):
-                    self._generator.absorb(state.latent, latents)
+                latents = self._next_latents(state, stages)
                 with stages.timed("decode"):
                     frames, numbers = self._decode(state, latents, query)
                 with stages.timed("drift"):
@@ -122,7 +127,7 @@ class EchoEngine:
             width=width,
             digest=frames_digest(data),
             drift=drift,
-            prompt=state.prompt,
+            prompt=state.prompt.text,
             stage_seconds=stages.seconds,
         )
 
@@ -143,8 +148,9 @@ class EchoEngine:
         compact = unpack(snapshot, with_memory=self._modules.memory is not None)
         with self._running():
             latent = self._latent(compact)
+            given = self._given(compact)
             state = self._state(
-                compact.prompt, compact.sink_prompt, compact.seed, latent, compact.drift
+                compact.prompt, compact.sink_prompt, compact.seed, latent, given, compact.drift
             )
             if not state.at_point:
                 raise SnapshotCorrupt(f"snapshot of chunk {state.next_index} is not at a point")
@@ -155,20 +161,19 @@ class EchoEngine:
 
     def _latent(self, compact: CompactState) -> LatentState:
         """A stream at the compact state, its window still empty; geometry is checked here."""
-        latent = self._generator.start(self._embed(compact.prompt))
+        latent = self._generator.start(self._embed(self._checked("prompt_rows", compact.prompt)))
         latent.sink_prompt = latent.prompt
-        if compact.sink_prompt != compact.prompt:
-            text = self._embed(compact.sink_prompt)
-            latent.sink_prompt = self._modules.dit.encode_prompt(text)
+        if compact.sink_prompt.text != compact.prompt.text:
+            rows = self._embed(self._checked("sink_prompt_rows", compact.sink_prompt))
+            latent.sink_prompt = self._modules.dit.encode_prompt(rows)
         shape, cache = self._preset.dit, self._preset.cache
         done = compact.next_chunk * cache.frames_per_chunk
         tail = (shape.in_channels, shape.latent_height, shape.latent_width)
         latent.sink_BFCHW = self._fitting(
             "sink", compact.sink, (1, min(done, cache.sink_frames), *tail)
         )
-        latent.history_BFCHW = self._fitting(
-            "history", compact.history, (1, min(done, cache.history_frames), *tail)
-        )
+        kept = min(done, self._generator.history_frames)
+        latent.history_BFCHW = self._fitting("history", compact.history, (1, kept, *tail))
         if latent.query_BMC is not None and compact.query is not None:
             expected = tuple(latent.query_BMC.shape)
             latent.query_BMC = self._fitting("memory_query", compact.query, expected)
@@ -185,20 +190,77 @@ class EchoEngine:
             )
         return tensor.to(self._device)
 
+    def _checked(self, name: str, prompt: Prompt) -> Prompt:
+        """A prompt out of a snapshot, its rows on the device."""
+        rows, dit = prompt.rows_BPE, self._preset.dit
+        count = rows.shape[1] if rows.dim() == 3 else 0
+        expected = (1, min(max(count, 1), dit.text_len), dit.text_dim)
+        return Prompt(prompt.text, self._fitting(name, rows, expected))
+
+    def _given(self, compact: CompactState) -> Tensor:
+        """What is left of a clip, whole chunks of it, on the device."""
+        given, shape = compact.given, self._preset.dit
+        count = given.shape[1] if given.dim() == 5 else 0
+        count -= count % self._preset.cache.frames_per_chunk
+        tail = (shape.in_channels, shape.latent_height, shape.latent_width)
+        return self._fitting("given", given, (1, count, *tail))
+
+    def _encoded(self, first_frames: bytes) -> Tensor:
+        """Latents [1, G, C, h, w] of a clip of whole chunks; none of an empty one."""
+        shape, dit = self._shape, self._preset.dit
+        size = shape.height * shape.width * 3
+        count = len(first_frames) // size
+        whole = (count - shape.first_chunk_frames) % shape.frames_per_chunk == 0
+        if first_frames and (
+            len(first_frames) % size or count < shape.first_chunk_frames or not whole
+        ):
+            raise InvalidRequestError(
+                f"first_frames: {len(first_frames)} bytes are not whole chunks of "
+                f"{shape.width} x {shape.height} frames; give {shape.first_chunk_frames} frames "
+                f"and any number of times {shape.frames_per_chunk} more",
+                param="first_frames",
+            )
+        if not first_frames:
+            tail = (dit.in_channels, dit.latent_height, dit.latent_width)
+            return torch.zeros(1, 0, *tail, device=self._device, dtype=self._generator.dtype)
+        pixels = torch.frombuffer(bytearray(first_frames), dtype=torch.uint8)
+        frames = pixels.view(1, count, shape.height, shape.width, 3).permute(0, 1, 4, 2, 3)
+        scaled = frames.to(self._device, torch.float32) / 255.0
+        return self._modules.codec.encode(scaled.to(self._generator.dtype))
+
     def _state(
-        self, prompt: str, sink_prompt: str, seed: int, latent: LatentState, drift: DriftState
+        self,
+        prompt: Prompt,
+        sink_prompt: Prompt,
+        seed: int,
+        latent: LatentState,
+        given: Tensor,
+        drift: DriftState,
     ) -> SessionState:
         decoder = self._modules.codec.initial_state()
         every = self._preset.cache.point_every
-        return SessionState(seed, prompt, sink_prompt, latent, decoder, drift, every)
+        return SessionState(seed, prompt, sink_prompt, given, latent, decoder, drift, every)
 
-    def _switch(self, state: SessionState, prompt: str, stages: Stages) -> None:
-        if not prompt.strip():
-            raise PromptError("prompt is empty; say what to show", param="prompt")
+    def _next_latents(self, state: SessionState, stages: Stages) -> Tensor:
+        """The next chunk's clean latents: given ones while there are any, else denoised."""
+        count = self._preset.cache.frames_per_chunk
+        if state.given_BGChw.shape[1]:
+            latents = state.given_BGChw[:, :count]
+            state.given_BGChw = state.given_BGChw[:, count:]
+            with stages.timed("context"):
+                self._generator.adopt(state.latent, latents)
+            return latents
+        with stages.timed("denoise"):
+            latents = self._generator.denoise(state.latent, self._noise(state.seed))
+        with stages.timed("context"):
+            self._generator.absorb(state.latent, latents)
+        return latents
+
+    def _switch(self, state: SessionState, text: str, stages: Stages) -> None:
         with stages.timed("text"):
-            text = self._embed(prompt)
+            prompt = self._look_up(text)
         with stages.timed("recache"):
-            self._generator.switch(state.latent, text)
+            self._generator.switch(state.latent, self._embed(prompt))
         state.prompt = prompt
         if state.latent.sink_prompt is state.latent.prompt:
             state.sink_prompt = prompt
@@ -208,13 +270,12 @@ class EchoEngine:
     ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], list[float]]:
         """Frames as uint8 [N, H, W, 3] and latent statistics, fetched from the device together."""
         video, state.decoder = self._modules.codec.decode(latents, state.decoder)
-        if state.at_point:
-            state.decoder = self._rebuilt_decoder(state.latent)
         pixels = (video[0].permute(0, 2, 3, 1) * 255.0).round().to(torch.uint8).contiguous()
-        stats = _latent_statistics(latents, query, state.latent.query_BMC)
+        stats = latent_statistics(latents, query, state.latent.query_BMC)
         return pixels.to("cpu").numpy(), stats.to("cpu").tolist()
 
-    def _rebuilt_decoder(self, latent: LatentState) -> dict[str, Tensor]:
+    def _rebuilt_decoder(self, latent: LatentState) -> CodecState:
+        """The decoder of a loaded state: as many latents are kept as make it the live one's."""
         whole = latent.history_BFCHW.shape[1]
         first = latent.next_chunk * self._preset.cache.frames_per_chunk == whole
         return self._modules.codec.rebuild(latent.history_BFCHW, first)
@@ -231,13 +292,18 @@ class EchoEngine:
         parts = frame_parts(frames) | dict(zip(names, numbers, strict=True))
         return read_drift(state.drift, parts, restart=restart)
 
-    def _embed(self, prompt: str) -> Tensor:
-        return self._modules.text.encode(prompt)
+    def _look_up(self, text: str) -> Prompt:
+        if not text.strip():
+            raise PromptError("prompt is empty; say what to show", param="prompt")
+        return self._prompts.look_up(text)
 
-    def _noise(self, seed: int) -> _Noise:
+    def _embed(self, prompt: Prompt) -> Tensor:
+        return padded(prompt, self._preset.dit.text_len)
+
+    def _noise(self, seed: int) -> SessionNoise:
         shape, frames = self._preset.dit, self._preset.cache.frames_per_chunk
         size = (1, frames, shape.in_channels, shape.latent_height, shape.latent_width)
-        return _Noise(seed, size, self._device, self._generator.dtype)
+        return SessionNoise(seed, size, self._device, self._generator.dtype)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -246,55 +312,3 @@ class EchoEngine:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             yield
-
-
-@dataclass(frozen=True, slots=True)
-class _Noise:
-    """A session's noise on its device: called with (chunk, step)."""
-
-    seed: int
-    size: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, chunk: int, step: int) -> Tensor:
-        return gaussian(self.seed, chunk, step, self.size).to(self.device, self.dtype)
-
-
-def _latent_statistics(latents: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
-    """[mean size per channel, spread per channel, memory norm, relative memory update]."""
-    wide = latents.float()
-    mean = wide.mean(dim=(0, 1, 3, 4)).abs().mean()
-    spread = wide.std(dim=(0, 1, 3, 4)).mean()
-    zero = torch.zeros_like(mean)
-    if before is None or after is None:
-        return torch.stack([mean, spread, zero, zero])
-    norm = after.float().pow(2).mean().sqrt()
-    update = (after.float() - before.float()).pow(2).mean().sqrt() / norm.clamp_min(1e-6)
-    return torch.stack([mean, spread, norm, update])
-
-
-def _model_identity(preset: Preset, modules: Modules) -> str:
-    """Name and hash of everything that decides what is computed, but for the device."""
-    text = f"{asdict(preset)}|{modules.digest}|{CODE_EPOCH}"
-    return f"{preset.name}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _numerics(device: torch.device, threads: int) -> str:
-    """Hash of everything that decides how it is rounded."""
-    if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device)
-    else:
-        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
-    text = f"{device.type}|{kind}|{torch.__version__}|{np.__version__}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def build_engine(config: ModelSection) -> EchoEngine:
-    """The engine that a configuration names: preset, weights, device."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device: cuda is not available on this machine; use cpu")
-    device = torch.device(config.device)
-    preset = load_preset(config.preset)
-    modules = load_modules(preset, preset_folder(config.preset) / FILE, device)
-    return EchoEngine(preset, modules, device, config.threads)

@@ -43,7 +43,7 @@ class LatentState:
     """Clean latents of the sink's frames."""
     sink_first: int
     history_BFCHW: Tensor
-    """The latest clean latents, oldest first, as many as a switch or a rebuild can ask for."""
+    """The latest clean latents, oldest first, as many as a switch, a rebuild or a decoder needs."""
     next_chunk: int
 
 
@@ -51,11 +51,18 @@ class Generator:
     """Weights and a cache shape; every method takes the state it works on."""
 
     def __init__(
-        self, dit: DiT, memory: MemoryEncoder | None, cache: CacheShape, sampler: SamplerShape
+        self,
+        dit: DiT,
+        memory: MemoryEncoder | None,
+        cache: CacheShape,
+        sampler: SamplerShape,
+        kept_latents: int = 0,
     ) -> None:
+        """`kept_latents`: how many clean latents a decoder wants to be rebuilt from."""
         self.dit = dit
         self.memory = memory
         self.cache = cache
+        self.history_frames = max(cache.history_frames, kept_latents)
         self.policy = choose_policy(cache)
         self.schedule = Schedule(sampler)
         self._conditions: dict[tuple[float, int, int], TimeCondition] = {}
@@ -95,6 +102,17 @@ class Generator:
         clean = self.denoise(state, noise)
         self.absorb(state, clean)
         return clean
+
+    def adopt(self, state: LatentState, clean: Tensor) -> None:
+        """Let given latents [B, F, C, H, W] take the place of the next chunk's denoising.
+
+        What leaves the window is remembered first, so their context pass sees the memory that it
+        would see after a denoised chunk.
+        """
+        update = self._leaving_update(state, self.cache.frames_per_chunk)
+        state.window.advance(state.next_chunk * self.cache.frames_per_chunk, clean.shape[1])
+        self._remember_leaving(state, update)
+        self.absorb(state, clean)
 
     def absorb(self, state: LatentState, clean: Tensor) -> None:
         """Let a denoised chunk join the past and advance to the next one.
@@ -163,10 +181,9 @@ class Generator:
             flow = self._forward(
                 state, x, self.schedule.timesteps[step], first, see_memory=state.has_history
             )
-            if step == 0 and update is not None:
+            if step == 0:
                 # Frames that left are visible as memory from the second forward on.
-                state.query_BMC, state.has_history = update, True
-                self._show_memory(state)
+                self._remember_leaving(state, update)
             clean = clean_from_flow(x, flow, sigma)
             if step < last:
                 if self.schedule.kind == "euler":
@@ -183,6 +200,11 @@ class Generator:
             return None
         evicted = state.window.last_layer(self.cache.sink_frames, gone)
         return self.memory.update(state.query_BMC, *evicted)
+
+    def _remember_leaving(self, state: LatentState, update: Tensor | None) -> None:
+        if update is not None:
+            state.query_BMC, state.has_history = update, True
+            self._show_memory(state)
 
     def _forward(
         self,
@@ -269,7 +291,7 @@ class Generator:
         sink = self.cache.sink_frames
         if state.next_chunk == 1:
             state.sink_BFCHW = clean[:, :sink].clone()
-        keep = self.cache.history_frames
+        keep = self.history_frames
         state.history_BFCHW = torch.cat([state.history_BFCHW, clean], dim=1)[:, -keep:].clone()
 
     def _history(self, state: LatentState, start: int, stop: int) -> Tensor:

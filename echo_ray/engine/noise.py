@@ -7,6 +7,7 @@ the bits into Gaussians, rounded to float32 last. Nothing here has a state.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,3 +27,16 @@ def gaussian(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> Tensor
     angle = 2.0 * math.pi * uniform[pairs:]
     values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     return torch.from_numpy(values.astype(np.float32).reshape(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class SessionNoise:
+    """A session's noise on its device: called with (chunk, step)."""
+
+    seed: int
+    size: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, chunk: int, step: int) -> Tensor:
+        return gaussian(self.seed, chunk, step, self.size).to(self.device, self.dtype)

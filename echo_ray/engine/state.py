@@ -1,7 +1,12 @@
 """A session's state as a value, and its way into a snapshot and back.
 
-The compact state is all that travels: sink and history latents, the memory's query, counters,
-prompts and the drift baseline. Keys, values and decoder caches are derived from it.
+The compact state is all that travels: sink and history latents, the memory's query, what is left of
+a given clip, counters, prompts with their encoded rows, and the drift baseline. Keys, values and
+decoder caches are derived from it. Encoded rows travel because they are small (a megabyte for a
+usual prompt of the 1.3B model) beside the encoder that makes them (eleven gigabytes): a stream
+goes on without it, and on whatever device it was encoded.
+
+Shapes: P prompt rows, E text width, G given latents.
 """
 
 from __future__ import annotations
@@ -22,8 +27,16 @@ from echo_ray.session.snapshot import DTYPE_BYTES, Buffer, Snapshot
 
 HEADER = {"kind", "prompt", "sink_prompt"}
 KIND = "session"
-TENSORS = {"counters", "drift", "history", "sink"}
+TENSORS = {"counters", "drift", "given", "history", "prompt_rows", "sink", "sink_prompt_rows"}
 MEMORY = "memory_query"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and its encoded rows [1, P, E], without those that are zero at the end."""
+
+    text: str
+    rows_BPE: Tensor
 
 
 @dataclass(slots=True)
@@ -31,8 +44,11 @@ class SessionState:
     """Everything that makes a session go on. Only `Engine.step` changes it."""
 
     seed: int
-    prompt: str
-    sink_prompt: str
+    prompt: Prompt
+    sink_prompt: Prompt
+    """What the sink's keys were computed under."""
+    given_BGChw: Tensor
+    """Latents of a given clip whose turn is still to come, whole chunks of them."""
     latent: LatentState
     decoder: dict[str, Tensor]
     drift: DriftState
@@ -52,14 +68,15 @@ class SessionState:
 class CompactState:
     """What a snapshot holds, unpacked and checked for presence, not yet for geometry."""
 
-    prompt: str
-    sink_prompt: str
+    prompt: Prompt
+    sink_prompt: Prompt
     seed: int
     next_chunk: int
     has_history: bool
     sink_first: int
     sink: Tensor
     history: Tensor
+    given: Tensor
     query: Tensor | None
     drift: DriftState
 
@@ -71,13 +88,26 @@ def pack(state: SessionState, fingerprint: str) -> Snapshot:
     tensors = {
         "counters": to_buffer(torch.tensor(counters, dtype=torch.int64)),
         "drift": to_buffer(torch.tensor(state.drift.to_numbers(), dtype=torch.float64)),
+        "given": to_buffer(state.given_BGChw),
         "history": to_buffer(latent.history_BFCHW),
+        "prompt_rows": to_buffer(state.prompt.rows_BPE),
         "sink": to_buffer(latent.sink_BFCHW),
+        "sink_prompt_rows": to_buffer(_rows_of_their_own(state)),
     }
     if latent.query_BMC is not None:
         tensors[MEMORY] = to_buffer(latent.query_BMC)
-    header = {"kind": KIND, "prompt": state.prompt, "sink_prompt": state.sink_prompt}
+    header = {
+        "kind": KIND,
+        "prompt": state.prompt.text,
+        "sink_prompt": state.sink_prompt.text,
+    }
     return Snapshot(fingerprint, header, tensors)
+
+
+def _rows_of_their_own(state: SessionState) -> Tensor:
+    """The sink prompt's rows; none where it is the prompt that stands."""
+    rows = state.sink_prompt.rows_BPE
+    return rows[:, :0] if state.sink_prompt.text == state.prompt.text else rows
 
 
 def unpack(snapshot: Snapshot, *, with_memory: bool) -> CompactState:
@@ -93,15 +123,21 @@ def unpack(snapshot: Snapshot, *, with_memory: bool) -> CompactState:
     next_chunk, seed, has_history, sink_first = (int(c) for c in counters)
     if next_chunk < 0 or seed < 0 or sink_first < 0 or has_history not in (0, 1):
         raise SnapshotCorrupt(f"snapshot counters are out of range: {counters}")
+    prompt = Prompt(header["prompt"], to_tensor(snapshot.tensors["prompt_rows"]))
+    sink_prompt = prompt
+    if header["sink_prompt"] != prompt.text:
+        rows = to_tensor(snapshot.tensors["sink_prompt_rows"])
+        sink_prompt = Prompt(header["sink_prompt"], rows)
     return CompactState(
-        prompt=header["prompt"],
-        sink_prompt=header["sink_prompt"],
+        prompt=prompt,
+        sink_prompt=sink_prompt,
         seed=seed,
         next_chunk=next_chunk,
         has_history=bool(has_history),
         sink_first=sink_first,
         sink=to_tensor(snapshot.tensors["sink"]),
         history=to_tensor(snapshot.tensors["history"]),
+        given=to_tensor(snapshot.tensors["given"]),
         query=to_tensor(snapshot.tensors[MEMORY]) if with_memory else None,
         drift=DriftState.from_numbers(drift),
     )

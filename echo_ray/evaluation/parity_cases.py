@@ -47,7 +47,7 @@ def scheduler(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensor
 
 
 def memory_encoder(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensors:
-    c, own = manifest["config"], _under(tensors, manifest["weights_prefix"])
+    c, own = manifest["config"], under(tensors, manifest["weights_prefix"])
     shape = MemoryShape(
         frames=c["Q_frames"],
         encoder_layers=c["n_encoder_layers"],
@@ -90,7 +90,8 @@ def memory_encoder(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> T
 def relative_positions(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensors:
     wrong = sum(_wrong_rows(table) for table in manifest["tables"])
     r = manifest["rotation"]
-    rope = FrameRope(r["grid_height"], r["grid_width"], r["head_dim"], "cpu")
+    device = str(tensors["in.q"].device)
+    rope = FrameRope(r["grid_height"], r["grid_width"], r["head_dim"], device)
     out: Tensors = {"mismatch": torch.tensor(wrong)}
     c, t = r["config"], r["tokens_per_frame"]
     for scenario in r["scenarios"]:
@@ -140,7 +141,8 @@ def _wrong_rows(table: dict[str, Any]) -> int:
 
 
 def dit_forward(manifest: Manifest, tensors: Tensors, weights: Tensors) -> Tensors:
-    dit = _load_dit(manifest, weights)
+    own = {k: v for k, v in bare(weights).items() if not k.startswith(ENCODER)}
+    dit = load_dit(manifest, own)
     cache = _cache_shape(manifest)
     x, t = tensors["in.x"], tensors["in.timestep"]
     frames = int(manifest["frames"])
@@ -158,7 +160,14 @@ def dit_forward(manifest: Manifest, tensors: Tensors, weights: Tensors) -> Tenso
 
 
 def rollout(manifest: Manifest, tensors: Tensors, weights: Tensors) -> Tensors:
-    generator = _generator(manifest, weights)
+    own = bare(weights)
+    dit = {k: v for k, v in own.items() if not k.startswith(ENCODER)}
+    return roll(manifest, tensors, dit, under(own, ENCODER))
+
+
+def roll(manifest: Manifest, tensors: Tensors, dit: Tensors, encoder: Tensors) -> Tensors:
+    """A rollout with these weights of the transformer and of the memory encoder."""
+    generator = _generator(manifest, dit, encoder)
     noise = _fixture_noise(manifest, tensors)
     switch = manifest.get("switch") or {}
     pending = [int(f) for f in switch.get("switch_frames", [])]
@@ -188,16 +197,15 @@ def _fixture_noise(manifest: Manifest, tensors: Tensors) -> Any:
     return noise
 
 
-def _generator(manifest: Manifest, weights: Tensors) -> Generator:
+def _generator(manifest: Manifest, weights: Tensors, encoder: Tensors) -> Generator:
     cache = _cache_shape(manifest)
-    dit = _load_dit(manifest, weights)
+    dit = load_dit(manifest, weights)
     memory = None
     if cache.memory is not None:
         memory = MemoryEncoder(dit.shape, cache.memory)
-        own = _under(_bare(weights), ENCODER)
         if not cache.memory.normalize_keys:
-            own.pop("norm_k_out.weight", None)
-        load_strict(memory, own, "memory encoder")
+            encoder = {k: v for k, v in encoder.items() if k != "norm_k_out.weight"}
+        load_strict(memory, encoder, "memory encoder")
     sampler = SamplerShape(
         steps=tuple(int(s) for s in manifest["denoising_steps"]),
         shift=float(manifest.get("timestep_shift", 5.0)),
@@ -206,13 +214,13 @@ def _generator(manifest: Manifest, weights: Tensors) -> Generator:
     return Generator(dit.eval(), memory, cache, sampler)
 
 
-def _load_dit(manifest: Manifest, weights: Tensors) -> DiT:
+def load_dit(manifest: Manifest, weights: Tensors) -> DiT:
+    """The transformer of a manifest with weights of exactly its keys."""
     m = manifest["model"]
     fields = {k: m[k] for k in DiTShape.__dataclass_fields__ if k in m}
     fields["patch_size"] = tuple(m["patch_size"])
     dit = DiT(DiTShape(**fields))
-    own = {k: v for k, v in _bare(weights).items() if not k.startswith(ENCODER)}
-    load_strict(dit, own, "transformer")
+    load_strict(dit, weights, "transformer")
     return dit
 
 
@@ -240,9 +248,11 @@ def _cache_shape(manifest: Manifest) -> CacheShape:
     )
 
 
-def _bare(weights: Tensors) -> Tensors:
+def bare(weights: Tensors) -> Tensors:
+    """Keys without the wrapper's prefix."""
     return {k.removeprefix("model."): v for k, v in weights.items()}
 
 
-def _under(tensors: Tensors, prefix: str) -> Tensors:
+def under(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors below a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -12,7 +12,7 @@ _SHOWN = 8
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Copy `tensors` into the module's parameters and buffers.
+    """Make `tensors` the module's parameters and buffers, as they are: dtype, device, storage.
 
     Raises `WeightsError` listing what is missing, surplus or misshapen; nothing is then loaded.
     """
@@ -32,7 +32,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     said = "; ".join(p for p in problems if p)
     if said:
         raise WeightsError(f"{what}: these weights do not fit: {said}")
-    module.load_state_dict(dict(tensors), strict=True)
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def _names(kind: str, names: list[str]) -> str:

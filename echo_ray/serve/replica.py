@@ -23,7 +23,7 @@ from echo_ray.session.engine_port import Engine
 from echo_ray.storage.interface import Directory, SnapshotStore
 from echo_ray.storage.open import open_directory, open_snapshots
 
-ENGINE = "echo_ray.engine.engine:build_engine"
+ENGINE = "echo_ray.engine.build:build_engine"
 WARM_UP_CHUNKS = 3
 CLOSE_S = 5.0
 """How long a replica that stops waits for its sessions' chunks and snapshots."""

@@ -18,6 +18,7 @@ from echo_ray.training.codec_stage import CodecStage
 from echo_ray.training.dit_stage import DitStage
 from echo_ray.training.loop import run_stage
 from echo_ray.training.recipe import Budget, Recipe
+from echo_ray.training.trainable import new_codec
 
 CODEC_SHARE = 0.25
 """Of the minutes given to all stages."""
@@ -99,7 +100,7 @@ def trained_codec(preset: Preset, out: Path) -> GroupCodec:
     file = out / "codec.pt"
     if not file.exists():
         raise ConfigError(f"{file} does not exist: train the codec first (--stage codec or all)")
-    codec = GroupCodec(preset.codec, preset.dit.in_channels)
+    codec = new_codec(preset)
     codec.load_state_dict(torch.load(file, weights_only=True)["stage"]["codec"])
     return codec.eval().requires_grad_(False)
 

@@ -26,6 +26,7 @@ from echo_ray.preset import Preset
 from echo_ray.training.clips import Clip, make_clip
 from echo_ray.training.recipe import Recipe
 from echo_ray.training.scenes import render
+from echo_ray.training.trainable import new_codec
 
 Singles = NDArray[np.float32]
 Halves = NDArray[np.float16]
@@ -107,7 +108,7 @@ def clip_ids(preset: Preset, captions: Sequence[str]) -> list[list[int]]:
 def _encode_piece(
     preset: Preset, recipe: Recipe, state: dict[str, Singles], piece: range
 ) -> tuple[Halves, Bytes]:
-    codec = GroupCodec(preset.codec, preset.dit.in_channels)
+    codec = new_codec(preset)
     codec.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
     clips = [clip_of(preset, recipe, index) for index in piece]
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):

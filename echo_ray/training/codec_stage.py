@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_ray.model.group_codec import GroupCodec
 from echo_ray.preset import Preset
 from echo_ray.training.loop import StepRandom
 from echo_ray.training.pictures import contact_sheet
 from echo_ray.training.recipe import Recipe
 from echo_ray.training.scenes import random_groups, render
+from echo_ray.training.trainable import new_codec
 
 
 class CodecStage:
@@ -30,7 +30,7 @@ class CodecStage:
         torch.manual_seed(recipe.seed)
         self.preset = preset
         self.recipe = recipe
-        self.codec = GroupCodec(preset.codec, preset.dit.in_channels)
+        self.codec = new_codec(preset)
         self.optimizer = torch.optim.AdamW(
             self.codec.parameters(), lr=recipe.codec_lr, betas=(0.9, 0.99), weight_decay=1e-3
         )

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from echo_ray.engine.weights import load_modules
-from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.dit import DiT, PromptKV
+from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.sampler import Schedule
-from echo_ray.model.words import WordTextEncoder
 from echo_ray.preset import Preset
 from echo_ray.training.bank import Bank
 from echo_ray.training.export import write_weights
@@ -31,7 +29,10 @@ from echo_ray.training.fast import block_forward, dit_forward
 from echo_ray.training.loop import StepRandom
 from echo_ray.training.recipe import Recipe
 from echo_ray.training.sampling import sample_sheet
+from echo_ray.training.trainable import new_text
 from echo_ray.training.unroll import Unrolled
+from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.modules import load_modules
 
 NOISY = 2
 CONTINUOUS_SHARE = 0.2
@@ -47,7 +48,7 @@ class VideoModel(nn.Module):
         super().__init__()
         dit = preset.dit
         self.dit = DiT(dit)
-        self.text = WordTextEncoder(preset.text, dit.text_dim, dit.text_len)
+        self.text = new_text(preset)
         self.memory = MemoryEncoder(dit, preset.cache.memory) if preset.cache.memory else None
         nn.init.zeros_(self.dit.head.head.weight)
 
@@ -201,7 +202,7 @@ class DitStage:
 
     def at_checkpoint(self, out: Path, step: int) -> None:
         write_weights(self.average, self.codec, out / "weights.safetensors")
-        modules = load_modules(self.preset, out / "weights.safetensors", torch.device("cpu"))
+        modules = load_modules(self.preset, WeightsFolder.open(out), torch.device("cpu"))
         sample_sheet(self.preset, modules, out / f"samples_{step:06d}.png")
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from echo_ray.engine.generator import Generator
-from echo_ray.engine.weights import Modules
 from echo_ray.preset import Preset
 from echo_ray.training.pictures import contact_sheet
+from echo_ray.weights.modules import Modules
 
 SCENES: tuple[tuple[str, str], ...] = (
     ("a red ball bouncing on a blue background", "a yellow square on a black background"),

@@ -18,6 +18,7 @@ from echo_ray.preset import (
     GroupCodecShape,
     Preset,
     TextShape,
+    TinyVaeShape,
     WanVaeShape,
     WordTextShape,
 )
@@ -36,10 +37,15 @@ def build_parts(preset: Preset) -> dict[str, nn.Module]:
     if memory is not None:
         parts["memory"] = MemoryEncoder(dit, memory)
     parts["text"] = build_text(preset.text, dit)
-    parts["codec"] = build_codec(preset.codec, dit)
-    if preset.small_codec is not None:
-        parts["small_codec"] = build_codec(preset.small_codec, dit)
+    for codec in (preset.codec, preset.small_codec):
+        if codec is not None:
+            parts[codec_part(codec)] = build_codec(codec, dit)
     return parts
+
+
+def codec_part(shape: CodecShape) -> str:
+    """Which part holds a codec's weights; a folder may have both."""
+    return "small_codec" if isinstance(shape, TinyVaeShape) else "codec"
 
 
 def build_text(shape: TextShape, dit: DiTShape) -> WordTextEncoder | UMT5Encoder:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from echo_ray.config import ModelSection
-from echo_ray.engine.engine import EchoEngine, build_engine
+from echo_ray.engine.build import build_engine
+from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.frames import FORMATS, encode
 from echo_ray.engine.state import SessionState
 from echo_ray.session import snapshot as codec

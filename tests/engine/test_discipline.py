@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.generator import Generator
 from echo_ray.engine.noise import gaussian
-from echo_ray.engine.weights import build_modules
 from echo_ray.model.dit import DiT
 from echo_ray.model.memory import MemoryEncoder
+from echo_ray.weights.modules import build_modules
 
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 WINDOW_COPIES = ("cat", "stack", "clone", "roll", "index_select", "gather", "repeat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,20 @@ from safetensors.torch import save_file
 from small import small_engine, small_preset
 
 from echo_ray.config import ModelSection
-from echo_ray.engine.engine import build_engine
-from echo_ray.engine.weights import build_modules, load_modules
+from echo_ray.engine.build import build_engine, check_room, needed_bytes
 from echo_ray.errors import (
     ConfigError,
     InvalidRequestError,
+    MemoryShort,
     ModelUnknown,
     PromptError,
     WeightsError,
 )
 from echo_ray.model.policies.choose import choose_policy
-from echo_ray.preset import CacheShape, MemoryShape
+from echo_ray.preset import CacheShape, MemoryShape, load_preset
+from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.manifest import write_manifest
+from echo_ray.weights.modules import build_modules, load_modules
 
 
 def test_frames_of_the_first_and_of_later_chunks() -> None:
@@ -100,7 +104,6 @@ def test_unknown_policies_and_a_window_with_memory_are_refused() -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path
     preset = small_preset()
     whole = {
         f"{name}.{key}": value.contiguous()
@@ -108,20 +111,52 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         for key, value in module.state_dict().items()
     }
     cpu = torch.device("cpu")
-    save_file(whole, folder / "whole")
-    assert load_modules(preset, folder / "whole", cpu).digest != "random"
+
+    def folder_of(tensors: dict[str, torch.Tensor]) -> WeightsFolder:
+        save_file(tensors, tmp_path / "weights.safetensors")
+        write_manifest(tmp_path, preset, ["weights.safetensors"])
+        return WeightsFolder.open(tmp_path)
+
+    assert load_modules(preset, folder_of(whole), cpu).digest != "random"
     cases = {
         "missing": {k: v for k, v in whole.items() if k != "memory.query_init"},
         "surplus": whole | {"dit.more": torch.zeros(1)},
         "misshapen": whole | {"dit.head.modulation": torch.zeros(1, 2, 3)},
-        "surplus tensors": whole | {"other.more": torch.zeros(1)},
+        "no weights of memory": {k: v for k, v in whole.items() if not k.startswith("memory.")},
     }
     for reason, tensors in cases.items():
-        save_file(tensors, folder / "broken")
         with pytest.raises(WeightsError, match=reason):
-            load_modules(preset, folder / "broken", cpu)
-    (folder / "cut").write_bytes((folder / "whole").read_bytes()[:200])
-    with pytest.raises(WeightsError, match="cannot be read"):
-        load_modules(preset, folder / "cut", cpu)
-    with pytest.raises(WeightsError, match="cannot be read"):
-        load_modules(preset, folder / "none", cpu)
+            load_modules(preset, folder_of(tensors), cpu)
+    file = tmp_path / "weights.safetensors"
+    folder = folder_of(whole)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match="damaged"):
+        load_modules(preset, folder, cpu)
+    file.write_bytes(data[:200])
+    with pytest.raises(WeightsError, match="cut short"):
+        WeightsFolder.open(tmp_path)
+
+
+def test_a_preset_without_weights_asks_for_them() -> None:
+    with pytest.raises(ConfigError, match=r"model\.weights.*convert"):
+        build_engine(ModelSection(preset="echo-infinity-1.3b"))
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    preset = small_preset()
+    save_file({"dit.x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    write_manifest(tmp_path, preset, ["weights.safetensors"])
+    with pytest.raises(WeightsError, match="weights of small, not of echo-tiny"):
+        build_engine(ModelSection(weights=str(tmp_path)))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read() -> None:
+    cpu = torch.device("cpu")
+    preset = load_preset("echo-infinity-1.3b")
+    alone = needed_bytes(preset, with_text=False)
+    assert 9.0e9 < alone < 9.6e9
+    assert needed_bytes(preset, with_text=True) - alone == 2 * 5_680_910_336
+    with pytest.raises(MemoryShort, match=r"GiB on cpu.*free"):
+        check_room(replace(preset, dit=replace(preset.dit, num_layers=300)), cpu, cpu)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import small_preset
 
-from echo_ray.engine.weights import load_modules
+from echo_ray.weights.modules import load_modules
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset
 from echo_ray.training.__main__ import main, trained_codec

@@ -1,0 +1,90 @@
+"""The engine that a configuration names: preset, weights, device, and whether it all fits."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+
+from echo_ray.config import ModelSection
+from echo_ray.engine.engine import EchoEngine
+from echo_ray.errors import ConfigError, MemoryShort
+from echo_ray.preset import Preset, UMT5Shape, load_preset, preset_folder, with_codec
+from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.modules import DTYPES, TextPlace, load_modules
+from echo_ray.weights.parts import build_parts
+
+GIB = 2**30
+
+
+def build_engine(config: ModelSection) -> EchoEngine:
+    """Load what `config` names onto its device.
+
+    Raises `ConfigError`, `ModelUnknown`, `WeightsError`, and `MemoryShort` before anything is read.
+    """
+    device = _device("model.device", config.device)
+    text_device = _device("model.text_device", config.text_device or config.device)
+    whole = load_preset(config.preset)
+    preset = with_codec(whole, config.vae)
+    folder = _folder(config)
+    folder.check(whole)
+    check_room(preset, device, text_device)
+    text = TextPlace(device=text_device, keep=config.keep_text_encoder)
+    modules = load_modules(preset, folder, device, text)
+    return EchoEngine(
+        preset, modules, device, config.threads, prompts_kept=config.prompts_kept, text=text_device
+    )
+
+
+def _device(key: str, name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key}: cuda is not available on this machine; use cpu", param=key)
+    return torch.device(name)
+
+
+def _folder(config: ModelSection) -> WeightsFolder:
+    if config.weights is not None:
+        return WeightsFolder.open(Path(config.weights))
+    inside = preset_folder(config.preset)
+    if not (inside / "manifest.json").is_file():
+        raise ConfigError(
+            f"model.weights: preset {config.preset} comes without weights; name the folder that "
+            "echo-ray weights convert wrote (docs/models.md)",
+            param="model.weights",
+        )
+    return WeightsFolder.open(inside)
+
+
+def needed_bytes(preset: Preset, *, with_text: bool) -> int:
+    """What the weights take in memory, and the window of one session."""
+    with torch.device("meta"):
+        parts = build_parts(preset)
+    if not with_text:
+        del parts["text"]
+    numbers = sum(p.numel() for m in parts.values() for p in m.parameters())
+    dit, cache = preset.dit, preset.cache
+    # Un-rotated keys, and rotated keys and values beside those of the memory.
+    frames = 3 * cache.window_frames + 2 * cache.memory_frames
+    window = prod((dit.num_layers, frames, dit.tokens_per_frame, dit.dim))
+    return int((numbers + window) * DTYPES[preset.dtype].itemsize)
+
+
+def check_room(preset: Preset, device: torch.device, text_device: torch.device) -> None:
+    """Raise `MemoryShort` unless the model and one session fit into what is free on the device.
+
+    On a CPU umT5 does not count: it stays mapped from its file.
+    """
+    mapped = isinstance(preset.text, UMT5Shape) and text_device.type == "cpu"
+    needed = needed_bytes(preset, with_text=text_device == device and not mapped)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryShort(
+            f"preset {preset.name} needs {needed / GIB:.1f} GiB on {device} for weights and one "
+            f"session, {free / GIB:.1f} GiB are free; free some, use a larger device, or set "
+            "model.text_device: cpu"
+        )

@@ -1,0 +1,32 @@
+"""What a snapshot may be loaded by: the identity of a model, and how its numbers are rounded."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from echo_ray.preset import Preset
+from echo_ray.weights.modules import Modules
+
+CODE_EPOCH = 2
+"""Raised whenever a change of code changes bits, or what a snapshot holds."""
+
+
+def model_identity(preset: Preset, modules: Modules) -> str:
+    """Name and hash of everything that decides what is computed, but for the device."""
+    text = f"{asdict(preset)}|{modules.digest}|{CODE_EPOCH}"
+    return f"{preset.name}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def numerics_of(device: torch.device, text: torch.device, threads: int) -> str:
+    """Hash of everything that decides how it is rounded."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
+    all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"
+    return hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
