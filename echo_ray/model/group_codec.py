@@ -142,11 +142,16 @@ class GroupCodec(Codec):
             self._as_frames(self.decode_groups(latents_BFChw[:, f]))
             for f in range(latents_BFChw.shape[1])
         ]
-        frames = torch.cat(groups, dim=1).clamp(0.0, 1.0)
+        frames = torch.cat(groups, dim=1).float().clamp(0.0, 1.0)
         # A host tensor, so reading it never waits for a device.
         if not bool(state[BEGUN]):
             frames = frames[:, stride - 1 :]
-        return frames, {BEGUN: begun_flag(True)}
+        return frames, self.midstream_state()
+
+    def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
+        """State after the given trailing latents, which need not be decoded for it."""
+        nothing = latents_BFChw.shape[1] == 0
+        return self.initial_state() if first and nothing else self.midstream_state()
 
     def _as_frames(self, groups_GCHW: Tensor) -> Tensor:
         size = groups_GCHW.shape

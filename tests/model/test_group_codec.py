@@ -6,6 +6,8 @@ import pytest
 import torch
 from small import small_preset
 
+from echo_ray.errors import InvalidRequestError
+from echo_ray.model.codec import Codec
 from echo_ray.model.group_codec import GroupCodec
 
 
@@ -94,5 +96,19 @@ def test_encode_normalises_per_channel(codec: GroupCodec) -> None:
 
 
 def test_a_frame_count_that_makes_no_whole_latents_is_refused(codec: GroupCodec) -> None:
-    with pytest.raises(ValueError, match="7 frames cannot be encoded"):
+    refused = "7 frames cannot be encoded: needs 1 . a multiple of 4; give 5"
+    with pytest.raises(InvalidRequestError, match=refused):
         codec.encode(torch.rand(1, 7, 3, 32, 32))
+    with pytest.raises(InvalidRequestError, match="0 frames cannot be encoded"):
+        codec.encode(torch.rand(1, 0, 3, 32, 32))
+
+
+def test_it_is_a_codec_that_needs_no_latents_to_go_on(codec: GroupCodec) -> None:
+    assert isinstance(codec, Codec)
+    assert codec.rebuild_latents == 0
+    assert torch.equal(codec.midstream_state()["begun"], torch.ones(1, dtype=torch.uint8))
+
+
+def test_frames_are_float32_whatever_the_weights_are(codec: GroupCodec) -> None:
+    frames, _ = codec.bfloat16().decode(latents(2).bfloat16(), codec.initial_state())
+    assert frames.dtype == torch.float32
