@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
+from echo_ray.errors import WeightsError
 from echo_ray.model.attention import RMSNorm, split_heads
 from echo_ray.preset import UMT5Shape
 
@@ -137,10 +138,18 @@ class UMT5Encoder(nn.Module):
     def encode_ids(self, ids: Sequence[int], mask: Sequence[int]) -> Tensor:
         """Rows [1, L, C] of one prompt, computed on its own tokens only.
 
-        Padding keys weigh nothing and padding rows become zero, so the result is the one of
-        `forward`; a prompt of twenty words costs a fraction of the full length.
+        Padding, which stands behind them, weighs nothing as key and is zero as row, so the result
+        is the one of `forward`; a prompt of twenty words costs a fraction of the full length.
         """
         count = sum(mask)
+        if not 1 <= count <= len(ids):
+            raise ValueError(f"{count} true tokens among {len(ids)} ids: needs 1 to {len(ids)}")
+        if not 0 <= min(ids) <= max(ids) < self.shape.vocab:
+            # On a GPU an id without a row ends the process and every session in it.
+            raise WeightsError(
+                f"token ids from {min(ids)} to {max(ids)}: the text encoder has the ids 0 to "
+                f"{self.shape.vocab - 1}; use the tokenizer of the same model"
+            )
         device = self.token_embedding.weight.device
         ids_BL = torch.tensor([ids[:count]], dtype=torch.int64, device=device)
         rows_BLC: Tensor = self(ids_BL, torch.ones_like(ids_BL))
