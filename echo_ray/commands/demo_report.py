@@ -35,8 +35,8 @@ def report(viewings: list[Viewing], out: Path) -> int:
     from tqdm import tqdm
 
     from echo_ray.config import ModelSection
-    from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.engine.build import build_engine
+    from echo_ray.engine.clip import contact_sheet, write_clip
 
     engine = build_engine(ModelSection())
     findings = {}

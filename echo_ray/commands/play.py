@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the clip as it is generated; nothing but the contact sheet's chunks is kept."""
     from echo_ray.config import LimitsSection, ModelSection
-    from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.engine.build import build_engine
+    from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.errors import InvalidRequestError
     from echo_ray.session.rules import check_prompt, check_seed
 

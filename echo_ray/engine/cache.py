@@ -215,7 +215,9 @@ class Window:
             part = slice(start * t, (start + run) * t)
             table = self._rope.table(positions[start : start + run])
             target = slice(offset + part.start, offset + part.stop)
-            self._keys_YBNHD[:, :, target] = rotate(self._raw_YBNHD[:, :, part], table)
+            # Layer by layer, for the product is taken in float64: all at once would be gigabytes.
+            for raw_BNHD, keys_BNHD in zip(self._raw_YBNHD, self._keys_YBNHD, strict=True):
+                keys_BNHD[:, target] = rotate(raw_BNHD[:, part], table)
 
     def _place_memory(self, positions: tuple[int, ...]) -> None:
         if self._memory_raw_BNHD is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import pytest
-from small import small_engine
+from small import small_clip, small_engine
 
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.state import SessionState
@@ -17,9 +18,11 @@ SWITCHES = {2: ("a blue square",), 9: ("two green balls", "a red triangle")}
 """The early switch comes before the window is full, the late one in the mature phase."""
 
 
-def undisturbed(engine: EchoEngine, seed: int = 5) -> tuple[list[str], dict[int, bytes]]:
+def undisturbed(
+    engine: EchoEngine, seed: int = 5, clip: bytes = b""
+) -> tuple[list[str], dict[int, bytes]]:
     """Digests of a run that never stops, and the snapshots of all its points."""
-    state = engine.open("a red ball", seed)
+    state = engine.open("a red ball", seed, clip)
     digests, points = [], {0: encode(engine.save(state))}
     for index in range(CHUNKS):
         digests.append(engine.step(state, SWITCHES.get(index, ())).digest)
@@ -55,6 +58,27 @@ def test_resume_holds_for_every_cache_policy(policy: str) -> None:
     digests, points = undisturbed(small_engine(policy=policy, point_every=3))
     for point, blob in points.items():
         assert resumed(small_engine(policy=policy, point_every=3), blob)[1] == digests[point:]
+
+
+@pytest.mark.parametrize("codec", ["wan", "tiny"])
+@pytest.mark.parametrize("every", [3, 7])
+def test_resume_holds_for_every_codec(codec: str, every: int) -> None:
+    """The stream grows older than what any decoder remembers: the rebuilt one is the live one."""
+    digests, points = undisturbed(small_engine(codec=codec, point_every=every))
+    assert len(set(digests)) == CHUNKS
+    for point, blob in points.items():
+        engine = small_engine(codec=codec, point_every=every)
+        assert resumed(engine, blob)[1] == digests[point:], f"resume from point {point} differs"
+
+
+@pytest.mark.parametrize("codec", ["group", "wan"])
+def test_resume_holds_while_a_given_clip_is_played(codec: str) -> None:
+    """Eleven chunks of clip: points before, inside and after it, eviction and switches within."""
+    clip = small_clip(codec, 9 + 12 * 10)
+    digests, points = undisturbed(small_engine(codec=codec, point_every=3), clip=clip)
+    assert len(set(digests)) == CHUNKS
+    for point, blob in points.items():
+        assert resumed(small_engine(codec=codec, point_every=3), blob)[1] == digests[point:]
 
 
 def test_a_second_interruption_changes_nothing() -> None:
@@ -117,7 +141,19 @@ def point_six() -> tuple[EchoEngine, SessionState]:
     return engine, state
 
 
-@pytest.mark.parametrize("name", ["counters", "drift", "history", "sink", "memory_query"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "counters",
+        "drift",
+        "given",
+        "history",
+        "memory_query",
+        "prompt_rows",
+        "sink",
+        "sink_prompt_rows",
+    ],
+)
 def test_a_missing_tensor_is_refused(name: str) -> None:
     engine, state = point_six()
     whole = engine.save(state)
@@ -146,6 +182,10 @@ def test_a_tensor_of_another_geometry_is_refused() -> None:
         engine.load(replace(whole, tensors={**whole.tensors, "history": bad}))
     with pytest.raises(SnapshotCorrupt, match="counters"):
         engine.load(replace(whole, tensors={**whole.tensors, "counters": bad}))
+    for name, size in {"prompt_rows": (1, 7, 16), "given": (1, 2, 4, 4, 4)}.items():
+        odd = Buffer("float32", size, bytes(4 * prod(size)))
+        with pytest.raises(SnapshotCorrupt, match=name):
+            engine.load(replace(whole, tensors={**whole.tensors, name: odd}))
 
 
 def test_a_snapshot_of_another_model_is_refused() -> None:

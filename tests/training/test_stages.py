@@ -10,7 +10,6 @@ import pytest
 import torch
 from small import small_preset
 
-from echo_ray.weights.modules import load_modules
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset
 from echo_ray.training.__main__ import main, trained_codec
@@ -20,6 +19,7 @@ from echo_ray.training.dit_stage import DitStage, VideoModel, find_objects, spli
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import StepRandom, run_stage, step_random
 from echo_ray.training.recipe import Budget, Recipe, learning_rate_factor
+from echo_ray.weights.modules import load_modules
 
 RECIPE = Recipe(codec_batch=2, clips=4, chunks=6, short_chunks=3, dit_batch=2, bf16=False)
 

@@ -7,10 +7,10 @@ import torch
 from small import small_preset
 
 from echo_ray.engine.generator import Generator
-from echo_ray.weights.modules import build_modules
 from echo_ray.model.dit import PromptKV
 from echo_ray.training.fast import dit_forward
 from echo_ray.training.unroll import Unrolled
+from echo_ray.weights.modules import build_modules
 
 
 @pytest.fixture(autouse=True)
