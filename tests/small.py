@@ -84,7 +84,7 @@ def small_engine(
 
 
 def small_clip(codec: str, frames: int) -> bytes:
-    """A clip of the small preset's size: a square that moves over a dark ground and fades, so that no two frames are the same."""
+    """A clip of the small preset's size, no two frames the same: a square that moves and fades."""
     preset = small_preset(codec=codec)
     pixels = np.full((frames, preset.height, preset.width, 3), 30, dtype=np.uint8)
     for n in range(frames):

@@ -1,4 +1,4 @@
-"""umT5 as a prompt encoder: read at the first prompt, and let go of after one if memory is short."""
+"""umT5 as a prompt encoder: read at the first prompt, let go of after one if memory is short."""
 
 from __future__ import annotations
 
