@@ -36,10 +36,8 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
         # The smallest n with log(n / exact) / log(max_distance / exact) * grown >= step.
         limit = max_distance**step * exact ** (grown - step)
         starts.append(next(n for n in range(exact, max_distance + 1) if n**grown >= limit))
-    distances = torch.arange(1 - length, length, device="cpu")
-    buckets = torch.bucketize(
-        distances.abs(), torch.tensor(starts, device="cpu", dtype=torch.int64), right=True
-    )
+    distances = torch.arange(1 - length, length)
+    buckets = torch.bucketize(distances.abs(), torch.tensor(starts), right=True)
     return buckets + half * (distances > 0)
 
 
