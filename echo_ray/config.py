@@ -252,7 +252,7 @@ def _member(members: Sequence[Any], value: object, at: str) -> Any:
     """Which of several dataclasses a mapping is: the one whose `kind` it names."""
     if len(members) == 1:
         return members[0]
-    kinds = {next(f.default for f in fields(m) if f.name == "kind"): m for m in members}
+    kinds = {str(next(f.default for f in fields(m) if f.name == "kind")): m for m in members}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind not in kinds:
         raise ConfigError(f"{at}.kind: {kind!r} is not one of {', '.join(kinds)}", param=at)

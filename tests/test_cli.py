@@ -3,9 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from echo_ray import __version__
 from echo_ray.cli import main
@@ -79,7 +81,13 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
         ("http.port=70000", "http.port: 70000 is not allowed: 0 to 65535"),
         ("http.port", "write it as section.key=value"),
         ("http.port=[1", "not a value"),
-        ("model.preset=gpt", "model 'gpt' is unknown; known: echo-tiny"),
+        ("model.preset=gpt", "model 'gpt' is unknown; known: echo-infinity-1.3b, "),
+        (
+            "model.preset=echo-infinity-1.3b",
+            "model.weights: preset echo-infinity-1.3b comes without",
+        ),
+        ("model.weights=/nowhere", "/nowhere"),
+        ("model.vae=wan", "model.vae: 'wan' is not allowed: preset echo-tiny has group"),
         ("http.host=999.1.1.1", "http.port: 999.1.1.1:8000 is"),
     ],
 )
@@ -160,6 +168,25 @@ def test_play_writes_a_clip_and_a_sheet(capsys, tmp_path):
     assert "33 frames, 2.06 s of video" in capsys.readouterr().out
     assert out.stat().st_size > 1000
     assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_play_goes_on_from_a_picture(capsys, tmp_path):
+    picture, out = tmp_path / "first.png", tmp_path / "clip.mp4"
+    Image.new("RGB", (80, 60), (10, 30, 200)).save(picture)
+    words = ["a red ball", "--seconds", "1", "--out", str(out)]
+    assert main(["play", *words, "--clip", str(picture)]) == 0
+    assert "21 frames" in capsys.readouterr().out
+    with av.open(str(out)) as container:
+        first = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert abs(first.reshape(-1, 3).mean(0) - (10, 30, 200)).max() < 40
+    picture.write_text("not a picture")
+    assert "clip_invalid" in refused(capsys, "play", *words, "--clip", str(picture))
+    assert "clip_invalid" in refused(capsys, "play", *words, "--clip", str(tmp_path / "none"))
+
+
+def test_parity_refuses_a_device_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no CUDA device" in refused(capsys, "parity", str(tmp_path), "--device", "cuda")
 
 
 def test_parity_counts_and_fails_with_1(capsys, tmp_path):

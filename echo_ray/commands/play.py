@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from echo_ray.config import LimitsSection
     from echo_ray.engine.engine import EchoEngine
     from echo_ray.session.chunk import Chunk
 
@@ -28,29 +29,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change the prompt at this second of the clip; may be given several times",
     )
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet (png)")
+    parser.add_argument("--clip", type=Path, help="an mp4, png or jpeg to begin with and to go on")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="assignments",
+        help="change a value of the configuration, e.g. model.vae=tiny; may be given several times",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the clip as it is generated; nothing but the contact sheet's chunks is kept."""
-    from echo_ray.config import LimitsSection, ModelSection
+    from echo_ray.config import EchoConfig, from_mapping, with_overrides
     from echo_ray.engine.build import build_engine
     from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.errors import InvalidRequestError
     from echo_ray.session.rules import check_prompt, check_seed
 
-    check_prompt(args.prompt, LimitsSection())
+    config = from_mapping(EchoConfig, with_overrides({}, args.assignments))
+    check_prompt(args.prompt, config.limits)
     check_seed(args.seed)
     if not 0 < args.seconds <= 3600:
         raise InvalidRequestError(f"--seconds {args.seconds}: give more than 0, at most 3600")
     if not args.out.resolve().parent.is_dir():
         raise InvalidRequestError(f"--out {args.out}: its folder does not exist; create it first")
     switches = [_switch(text) for text in args.switch]
-    engine = build_engine(ModelSection())
+    engine = build_engine(config.model)
+    clip = _clip(args.clip, engine, config.limits)
     understood, ignored = engine.understood(args.prompt)
     print(f"understood: {' '.join(understood) or '-'}   ignored: {' '.join(ignored) or '-'}")
     kept: list[Chunk] = []
     started = time.perf_counter()
-    chunks = _generate(engine, args.prompt, args.seed, args.seconds, switches)
+    chunks = _generate(engine, args.prompt, args.seed, args.seconds, switches, clip)
     frames = write_clip(args.out, _keeping(chunks, kept, args.sheet), engine.shape.fps)
     seconds = time.perf_counter() - started
     if args.sheet:
@@ -63,18 +75,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(
-    engine: EchoEngine, prompt: str, seed: int, seconds: float, switches: list[tuple[float, str]]
+    engine: EchoEngine,
+    prompt: str,
+    seed: int,
+    seconds: float,
+    switches: list[tuple[float, str]],
+    clip: bytes,
 ) -> Iterator[Chunk]:
     """Chunks until `seconds` of video are there; a switch applies from the chunk it falls into."""
     from tqdm import tqdm
 
-    shape, state = engine.shape, engine.open(prompt, seed)
+    shape, state = engine.shape, engine.open(prompt, seed, clip)
     total = next(n for n in range(1, 10**6) if shape.start_s(n) >= seconds)
     waiting = sorted(switches)
     for index in tqdm(range(total), unit="chunk"):
         due = [text for at, text in waiting if at <= shape.start_s(index)]
         waiting = waiting[len(due) :]
         yield engine.step(state, due)
+
+
+def _clip(file: Path | None, engine: EchoEngine, limits: LimitsSection) -> bytes:
+    """Frames of the file that the video begins with; none without a file."""
+    from echo_ray.engine.upload import read_clip
+    from echo_ray.errors import ClipInvalid
+
+    if file is None:
+        return b""
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise ClipInvalid(f"--clip {file}: cannot be read: {e.strerror or e}", param="clip") from e
+    return read_clip(data, engine.shape, limits)
 
 
 def _keeping(chunks: Iterator[Chunk], kept: list[Chunk], sheet: Path | None) -> Iterator[Chunk]:

@@ -82,12 +82,12 @@ def read_plan(file: Path, assignments: Sequence[str] = ()) -> ServePlan:
     Raises `ConfigError` for the file, a key or a value, or a port that is taken.
     """
     from echo_ray.config import EchoConfig, from_mapping, read_yaml, with_overrides
-    from echo_ray.preset import load_preset
+    from echo_ray.weights.location import check_model
 
     app = _application(read_yaml(file), file)
     args = with_overrides(app.get("args") or {}, assignments)
     config = from_mapping(EchoConfig, args)
-    load_preset(config.model.preset)
+    check_model(config.model)
     options = _options(app.get("deployments") or [], file)
     check_port(config.http.host, config.http.port)
     return ServePlan(args, options)

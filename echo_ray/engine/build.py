@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 
 import psutil
 import torch
@@ -11,8 +10,9 @@ import torch
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError, MemoryShort
-from echo_ray.preset import Preset, UMT5Shape, load_preset, preset_folder, with_codec
+from echo_ray.preset import Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.location import weights_folder
 from echo_ray.weights.modules import DTYPES, TextPlace, load_modules
 from echo_ray.weights.parts import build_parts
 
@@ -28,7 +28,7 @@ def build_engine(config: ModelSection) -> EchoEngine:
     text_device = _device("model.text_device", config.text_device or config.device)
     whole = load_preset(config.preset)
     preset = with_codec(whole, config.vae)
-    folder = _folder(config)
+    folder = WeightsFolder.open(weights_folder(config))
     folder.check(whole)
     check_room(preset, device, text_device)
     text = TextPlace(device=text_device, keep=config.keep_text_encoder)
@@ -42,19 +42,6 @@ def _device(key: str, name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{key}: cuda is not available on this machine; use cpu", param=key)
     return torch.device(name)
-
-
-def _folder(config: ModelSection) -> WeightsFolder:
-    if config.weights is not None:
-        return WeightsFolder.open(Path(config.weights))
-    inside = preset_folder(config.preset)
-    if not (inside / "manifest.json").is_file():
-        raise ConfigError(
-            f"model.weights: preset {config.preset} comes without weights; name the folder that "
-            "echo-ray weights convert wrote (docs/models.md)",
-            param="model.weights",
-        )
-    return WeightsFolder.open(inside)
 
 
 def needed_bytes(preset: Preset, *, with_text: bool) -> int:

@@ -111,7 +111,7 @@ BF16_SHARES = {
     "vae": 0.07,
     "umt5_encoder": 0.02,
 }
-"""About twice what a CPU's bfloat16 gives. The VAE's case is four channels wide and 32 layers deep."""
+"""About twice what a CPU's bfloat16 gives. The VAE's case has four channels and 32 layers."""
 
 
 def run_folder(folder: Path, target: Target | None = None) -> Iterator[Verdict]:

@@ -30,7 +30,7 @@ def vae(manifest: Manifest, tensors: Tensors, _weights: Tensors) -> Tensors:
     wrong = 0
     for sizes in ([3, 2], [1, 2, 2], [2, 2, 1]):
         state, pieces = codec.initial_state(), []
-        for part in latents.split(sizes, dim=1):
+        for part in torch.split(latents, sizes, dim=1):
             pixels, state = codec.decode_raw(part, state)
             pieces.append(pixels)
         wrong += not torch.equal(torch.cat(pieces, dim=1), decoded)

@@ -16,7 +16,7 @@ from ray.serve import Application, Deployment
 
 from echo_ray.config import EchoConfig, from_mapping
 from echo_ray.errors import ConfigError
-from echo_ray.preset import load_preset
+from echo_ray.preset import load_preset, with_codec
 from echo_ray.serve.replica import ENGINE, GeneratorReplica
 from echo_ray.serve.router import Router
 
@@ -40,7 +40,7 @@ def application(
     `options`: the `deployments` of a Serve config file by name, where no Serve reads that file.
     """
     config = from_mapping(EchoConfig, args)
-    load_preset(config.model.preset)
+    with_codec(load_preset(config.model.preset), config.model.vae)
     if config.storage.backend == "memory":
         raise ConfigError(
             "storage.backend: 'memory' is seen by one process only and a service has several; "
