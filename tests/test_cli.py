@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from echo_ray import __version__
 from echo_ray.cli import main
 from echo_ray.commands.serve import check_port, default_config, read_plan
 from echo_ray.errors import ConfigError, ModelUnknown
+from echo_ray.preset import preset_folder
 from echo_ray.serve.app import application
 from echo_ray.session.snapshot import Buffer, Snapshot, encode
 
@@ -194,6 +196,19 @@ def test_parity_counts_and_fails_with_1(capsys, tmp_path):
     assert main(["parity", str(tmp_path)]) == 1
     assert "1 failed" in capsys.readouterr().out
     assert "no such folder" in refused(capsys, "parity", str(tmp_path / "none"))
+
+
+def test_replicas_get_folders_that_hold_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    shutil.copy(preset_folder("echo-tiny") / "preset.toml", tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    model = {"preset": "own", "weights": "some/weights", "threads": 2}
+    given = application({"model": model}, options={})._bound_deployment.init_args[0]["model"]
+    assert given == {
+        "preset": str(tmp_path / "own"), "weights": str(tmp_path / "some/weights"), "threads": 2,
+    }  # fmt: skip
+    packaged = application({}, options={})._bound_deployment.init_args[0]["model"]
+    assert packaged == {}
 
 
 def test_deployments_that_cannot_be_are_refused():

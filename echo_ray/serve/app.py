@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from ray.serve import Application, Deployment
 
-from echo_ray.config import EchoConfig, from_mapping
+from echo_ray.config import EchoConfig, ModelSection, from_mapping
 from echo_ray.errors import ConfigError
-from echo_ray.preset import load_preset, with_codec
+from echo_ray.preset import PRESETS, load_preset, preset_folder, with_codec
 from echo_ray.serve.replica import ENGINE, GeneratorReplica
 from echo_ray.serve.router import Router
 
@@ -47,13 +47,28 @@ def application(
             "use local",
             param="storage.backend",
         )
-    # Replicas are processes with working directories of their own; the folder must be one.
-    path = Path(config.storage.path).expanduser().absolute()
-    plain = {**args, "storage": {**args.get("storage", {}), "path": str(path)}}
+    # Replicas are processes with working directories of their own; a folder must be one for all.
+    storage = {**args.get("storage", {}), "path": _absolute(config.storage.path)}
+    model = {**args.get("model", {}), **_located(config.model)}
+    plain = {**args, "storage": storage, "model": model}
     # Serve deploys what its root binds, so the one is handed to the other, which ignores it.
     sized = _sized(options or {})
     router = sized["Router"].bind(plain)
     return sized["GeneratorReplica"].bind(plain, router, engine=engine)
+
+
+def _located(model: ModelSection) -> dict[str, str]:
+    """The folders that a model section names, absolute; packaged presets keep their names."""
+    found = {}
+    if model.weights is not None:
+        found["weights"] = _absolute(model.weights)
+    if preset_folder(model.preset).parent != PRESETS:
+        found["preset"] = _absolute(model.preset)
+    return found
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
 
 
 def _sized(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Deployment]:
