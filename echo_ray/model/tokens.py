@@ -113,7 +113,7 @@ def _misfit(tokenizer: Tokenizer, vocab: int) -> str:
     """Why a tokenizer cannot feed an encoder with `vocab` ids; empty if it can."""
     size = tokenizer.get_vocab_size()
     highest = max(tokenizer.get_vocab().values(), default=-1)
-    if size > vocab or highest >= vocab:
+    if highest >= vocab:
         return f"it has {size} tokens with ids up to {highest}, the encoder ids up to {vocab - 1}"
     if size < vocab - max(_ROUNDING, vocab // 100):
         return f"it has {size} tokens, the encoder {vocab}"

@@ -106,10 +106,10 @@ def test_settings_in_the_file_do_not_count(tmp_path: Path) -> None:
     foreign = build_tokenizer()
     foreign.enable_truncation(3, direction="left")
     foreign.enable_padding(length=5, direction="left", pad_id=0)
-    tokenizer = PromptTokenizer.from_folder(save(foreign, tmp_path), 8, 64)
-    write_tokenizer(tmp_path)
-    own = PromptTokenizer.from_folder(tmp_path, 8, 64)
-    assert tokenizer("the big red ball on black") == own("the big red ball on black")
+    own = PromptTokenizer(build_tokenizer(), 8)("the big red ball on black")
+    read = PromptTokenizer.from_folder(save(foreign, tmp_path), 8, 64)
+    assert read("the big red ball on black") == own
+    assert PromptTokenizer(foreign, 8)("the big red ball on black") == own
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,11 @@ def test_words_beyond_the_length_are_named(
     tokenizer = PromptTokenizer.from_folder(folder, length, 64)
     assert build_tokenizer().encode("axe").tokens == ["▁a", "x", "e", "</s>"]
     assert tokenizer.understood("a red axe  ball") == (kept, cut)
+
+
+def test_a_repeated_word_can_be_whole_and_cut_off(folder: Path) -> None:
+    tokenizer = PromptTokenizer.from_folder(folder, 4, 64)
+    assert tokenizer.understood("ball red ball ball a") == (["ball", "red", "ball"], ["ball", "a"])
 
 
 def test_special_tokens_written_out_are_taken_as_published(folder: Path) -> None:
