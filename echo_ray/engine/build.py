@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import psutil
 import torch
 
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError, MemoryShort
+from echo_ray.model.codec import Codec
 from echo_ray.preset import Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
 from echo_ray.weights.modules import DTYPES, TextPlace, load_modules
-from echo_ray.weights.parts import build_parts
+from echo_ray.weights.parts import build_parts, codec_part
 
 GIB = 2**30
 
@@ -45,17 +44,34 @@ def _device(key: str, name: str) -> torch.device:
 
 
 def needed_bytes(preset: Preset, *, with_text: bool) -> int:
-    """What the weights take in memory, and the window of one session."""
+    """What the weights take in memory, and one session's window and decoder state."""
     with torch.device("meta"):
         parts = build_parts(preset)
-    if not with_text:
-        del parts["text"]
-    numbers = sum(p.numel() for m in parts.values() for p in m.parameters())
+    numbers = sum(
+        p.numel()
+        for name, module in parts.items()
+        for p in module.parameters()
+        if with_text or name != "text"
+    )
+    codec = parts[codec_part(preset.codec)]
+    if isinstance(codec, Codec):
+        numbers += _decoder_numbers(codec, preset)
+    return (numbers + _window_numbers(preset)) * DTYPES[preset.dtype].itemsize
+
+
+def _window_numbers(preset: Preset) -> int:
+    """Un-rotated keys, and rotated keys and values beside those of the memory."""
     dit, cache = preset.dit, preset.cache
-    # Un-rotated keys, and rotated keys and values beside those of the memory.
     frames = 3 * cache.window_frames + 2 * cache.memory_frames
-    window = prod((dit.num_layers, frames, dit.tokens_per_frame, dit.dim))
-    return int((numbers + window) * DTYPES[preset.dtype].itemsize)
+    return dit.num_layers * frames * dit.tokens_per_frame * dit.dim
+
+
+def _decoder_numbers(codec: Codec, preset: Preset) -> int:
+    """What the decoder keeps from the second latent on; nothing is computed for it."""
+    dit = preset.dit
+    size = (1, 2, dit.in_channels, dit.latent_height, dit.latent_width)
+    _, state = codec.decode(torch.zeros(size, device="meta"), codec.initial_state())
+    return sum(tensor.numel() for tensor in state.values())
 
 
 def check_room(preset: Preset, device: torch.device, text_device: torch.device) -> None:

@@ -52,9 +52,7 @@ class UMT5Prompts:
         ids, mask = self._tokens(prompt)
         model = self._model or self._load()
         with torch.inference_mode():
-            rows: Tensor = model(
-                torch.tensor([ids], device=self._device), torch.tensor([mask], device=self._device)
-            )
+            rows = model.encode_ids(ids, mask)
         if self._keep:
             self._model = model
         return rows.to(self._target, self._dtype)
