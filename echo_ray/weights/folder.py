@@ -14,8 +14,7 @@ from torch import Tensor
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset, check_memory_tokens
 from echo_ray.weights.manifest import Manifest, file_record, read_manifest
-
-_SHOWN = 8
+from echo_ray.weights.wording import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,16 @@ class WeightsFolder:
             )
         return dict(self.index[part])
 
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a part, from the files' tables of contents."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        wanted = self.keys(part)
+        for name in sorted(set(wanted.values())):
+            with safe_open(self.path / name, framework="pt") as f:
+                for key in (key for key, file in wanted.items() if file == name):
+                    shapes[key] = tuple(f.get_slice(f"{part}.{key}").get_shape())
+        return shapes
+
     def part(
         self,
         part: str,
@@ -120,10 +129,8 @@ class WeightsFolder:
         differing = sorted(_differences(stored, preset))
         if not differing:
             return
-        rest = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        said = "; ".join(differing[:_SHOWN]) + rest
         raise WeightsError(
-            f"{self.path}: weights of {self.preset}, not of {preset.name}: {said}"
+            f"{self.path}: weights of {self.preset}, not of {preset.name}: {listed(differing)}"
             f"{_resolution(stored, preset)}"
         )
 

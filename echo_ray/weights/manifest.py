@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -63,21 +63,25 @@ class Manifest:
         return whole.hexdigest()
 
 
-def file_record(file: Path, label: str | None = None) -> FileRecord:
-    """Read a whole file for its size and hash. Raises `OSError` as `open` does."""
+def file_record(file: Path, read: Callable[[int], object] | None = None) -> FileRecord:
+    """Read a whole file for its size and hash, telling `read` how many bytes have been read.
+
+    Without it, a large file shows its progress. Raises `OSError` as `open` does.
+    """
     size, whole = file.stat().st_size, hashlib.sha256()
-    shown = None if size >= SHOWN_FROM_BYTES else True
-    with (
-        file.open("rb") as f,
-        tqdm(
-            total=size, desc=label or f"checking {file.name}", unit="B", unit_scale=True,
-            unit_divisor=1024, disable=shown,
-        ) as bar,
-    ):  # fmt: skip
+    hidden = True if read is not None or size < SHOWN_FROM_BYTES else None
+    with file.open("rb") as f, progress(size, f"checking {file.name}", disable=hidden) as bar:
         while block := f.read(_BLOCK_BYTES):
             whole.update(block)
-            bar.update(len(block))
+            (read or bar.update)(len(block))
     return FileRecord(size, whole.hexdigest())
+
+
+def progress(size_bytes: int, what: str, *, disable: bool | None = None) -> tqdm[NoReturn]:
+    """A bar over bytes with the time that is left; only on a terminal."""
+    return tqdm(
+        total=size_bytes, desc=what, unit="B", unit_scale=True, unit_divisor=1000, disable=disable
+    )
 
 
 def write_manifest(
