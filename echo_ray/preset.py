@@ -350,7 +350,7 @@ def load_preset(name: str) -> Preset:
 
 
 def with_codec(preset: Preset, vae: str | None) -> Preset:
-    """The preset with the codec that `model.vae` names; None keeps the preset's own.
+    """The preset with the one codec that `model.vae` names; None means the preset's own.
 
     Raises `ConfigError` if the preset has no such codec.
     """
@@ -363,7 +363,7 @@ def with_codec(preset: Preset, vae: str | None) -> Preset:
         vae,
         f"preset {preset.name} has {' or '.join(codecs)}",
     )
-    return preset if vae is None else replace(preset, codec=codecs[vae], small_codec=None)
+    return replace(preset, codec=codecs[vae or preset.codec.kind], small_codec=None)
 
 
 def read_preset(file: Path) -> Preset:
