@@ -2,11 +2,14 @@
 
     EchoError                  internal               500  1011
     ├── ConfigError            config_invalid         400  1008   a key, a value or a file of ours
+    │   └── MemoryShort        memory_short           400  1008   the model does not fit
     ├── InvalidRequestError    invalid_request        400  1008   a field of a request
     │   ├── PromptError        prompt_invalid         400  1008
     │   ├── MessageError       message_invalid        400  1008   a socket message
     │   ├── MessageTooLarge    message_too_large      413  1009
     │   ├── ModelUnknown       model_unknown          400  1008
+    │   ├── ClipInvalid        clip_invalid           400  1008   not a clip that can be read
+    │   ├── ClipTooLarge       clip_too_large         413  1009   bytes, pictures or their size
     │   └── SegmentBeyondEnd   segment_beyond_end     400  1008   an index past the next one
     ├── NotFoundError          not_found              404  1008
     │   ├── SessionNotFound    session_not_found      404  1008
@@ -19,6 +22,7 @@
     │   ├── ChunkSealed        chunk_already_generated 409 1008   at_chunk lies in the past
     │   └── Fenced             fenced                 409  4001   a newer epoch owns the session
     ├── SegmentExpired         segment_expired        410  1008   older than the retention
+    ├── ClipLost               clip_lost              410  1008   a session's clip is gone
     ├── CapacityError          capacity_exhausted     429  1013   retry later
     │   └── ViewerTooSlow      viewer_too_slow        429  1013   fell behind the retention
     ├── UnavailableError       unavailable            503  1013
@@ -105,6 +109,14 @@ class ModelUnknown(InvalidRequestError):
     code = "model_unknown"
 
 
+class ClipInvalid(InvalidRequestError):
+    code = "clip_invalid"
+
+
+class ClipTooLarge(InvalidRequestError):
+    code, http_status, ws_close = "clip_too_large", 413, 1009
+
+
 class SegmentBeyondEnd(InvalidRequestError):
     code = "segment_beyond_end"
 
@@ -153,6 +165,12 @@ class Fenced(ConflictError):
 
 class SegmentExpired(EchoError):
     code, http_status, ws_close = "segment_expired", 410, 1008
+
+
+class ClipLost(EchoError):
+    """What a session begins with cannot be read any more, and no snapshot leads past it."""
+
+    code, http_status, ws_close = "clip_lost", 410, 1008
 
 
 class CapacityError(EchoError):
