@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from echo_ray.errors import InvalidRequestError
+
 CodecState = dict[str, Tensor]
 """What a decoder keeps of the latents before; never changed in place."""
 
@@ -52,3 +54,27 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def midstream_state(self) -> CodecState:
         """State of a stream whose past is unknown, but for that there was one."""
+
+
+def check_frames(frames_BNCHW: Tensor, time: int, space: int) -> None:
+    """Raise `InvalidRequestError` unless a codec of these strides can encode such a video."""
+    n, _, height, width = frames_BNCHW.shape[1:]
+    if n < 1 or (n - 1) % time:
+        raise InvalidRequestError(
+            f"{n} frames cannot be encoded: needs 1 + a multiple of {time}; "
+            f"give {max(0, n - 1) // time * time + 1}"
+        )
+    if height % space or width % space:
+        raise InvalidRequestError(
+            f"frames of {width} x {height} cannot be encoded: "
+            f"width and height must be multiples of {space}; scale or crop them"
+        )
+
+
+def check_latents(latents_BFChw: Tensor, channels: int) -> None:
+    """Raise `InvalidRequestError` unless these are a stream's latents of so many channels."""
+    if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != channels:
+        raise InvalidRequestError(
+            f"latents of shape {tuple(latents_BFChw.shape)} cannot be decoded: this codec "
+            f"needs [batch, latents, {channels}, height, width]"
+        )

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.errors import InvalidRequestError
-from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.codec import Codec, CodecState, check_frames
 from echo_ray.model.history import BEGUN, begun_flag
 from echo_ray.preset import GroupCodecShape
 
@@ -103,13 +102,9 @@ class GroupCodec(Codec):
 
     def encode(self, frames_BNCHW: Tensor) -> Tensor:
         """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
-        b, n, _, height, width = frames_BNCHW.shape
+        b, _, _, height, width = frames_BNCHW.shape
         stride = self.shape.temporal_stride
-        if n < 1 or (n - 1) % stride:
-            raise InvalidRequestError(
-                f"{n} frames cannot be encoded: needs 1 + a multiple of {stride}; "
-                f"give {max(0, n - 1) // stride * stride + 1}"
-            )
+        check_frames(frames_BNCHW, stride, self.shape.spatial_stride)
         first = frames_BNCHW[:, :1].expand(-1, stride - 1, -1, -1, -1)
         groups = torch.cat([first, frames_BNCHW], dim=1)
         groups = groups.reshape(-1, 3 * stride, height, width)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.errors import InvalidRequestError
-from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.codec import Codec, CodecState, check_frames, check_latents
 from echo_ray.model.history import BEGUN, History, begun_flag
 from echo_ray.preset import TinyVaeShape
 
@@ -77,7 +76,7 @@ class TimeGrow(nn.Module):
 
     def forward(self, x_GCHW: Tensor) -> Tensor:
         _, c, h, w = x_GCHW.shape
-        out: Tensor = self.conv(x_GCHW).view(-1, c, h, w)
+        out: Tensor = self.conv(x_GCHW).reshape(-1, c, h, w)
         return out
 
 
@@ -140,17 +139,7 @@ class TinyVae(Codec):
         frames 4t to 4t + 3, while the decoder gives frames 4t - 3 to 4t for it.
         """
         time, space = self.shape.temporal_stride, self.shape.spatial_stride
-        n, _, height, width = frames_BNCHW.shape[1:]
-        if n < 1 or (n - 1) % time:
-            raise InvalidRequestError(
-                f"{n} frames cannot be encoded: needs 1 + a multiple of {time}; "
-                f"give {max(0, n - 1) // time * time + 1}"
-            )
-        if height % space or width % space:
-            raise InvalidRequestError(
-                f"frames of {width} x {height} cannot be encoded: "
-                f"width and height must be multiples of {space}; scale or crop them"
-            )
+        check_frames(frames_BNCHW, time, space)
         state: CodecState = {}
         latents: list[Tensor] = []
         for group_BTCHW in torch.split(frames_BNCHW, time, dim=1):
@@ -178,11 +167,7 @@ class TinyVae(Codec):
 
         Of the stream's first latent only the last of its four frames is one of the video.
         """
-        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.z_dim:
-            raise InvalidRequestError(
-                f"latents of shape {tuple(latents_BFChw.shape)} cannot be decoded: this codec "
-                f"needs [batch, latents, {self.z_dim}, height, width]"
-            )
+        check_latents(latents_BFChw, self.z_dim)
         b, _, _, h, w = latents_BFChw.shape
         time, space = self.shape.temporal_stride, self.shape.spatial_stride
         parts = [latents_BFChw.new_zeros(b, 0, 3, space * h, space * w, dtype=torch.float32)]

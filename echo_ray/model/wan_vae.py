@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.errors import InvalidRequestError
-from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.codec import Codec, CodecState, check_frames, check_latents
 from echo_ray.model.history import BEGUN, History, begun_flag
 from echo_ray.model.wan_blocks import (
     CONV_PAST,
@@ -148,11 +147,7 @@ class WanVae(Codec):
 
     def decode_raw(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """As `decode`, but pixels around [-1, 1] as the decoder gives them, in float32."""
-        if latents_BFChw.ndim != 5 or latents_BFChw.shape[2] != self.z_dim:
-            raise InvalidRequestError(
-                f"latents of shape {tuple(latents_BFChw.shape)} cannot be decoded: this codec "
-                f"needs [batch, latents, {self.z_dim}, height, width]"
-            )
+        check_latents(latents_BFChw, self.z_dim)
         b, _, _, h, w = latents_BFChw.shape
         stride = self.shape.spatial_stride
         parts = [latents_BFChw.new_zeros(b, 0, 3, stride * h, stride * w, dtype=torch.float32)]
@@ -168,19 +163,9 @@ class WanVae(Codec):
     def _groups(self, frames_BNCHW: Tensor) -> Iterator[Tensor]:
         """One frame, then as many as a latent holds, again and again."""
         time, space = self.shape.temporal_stride, self.shape.spatial_stride
-        n, _, height, width = frames_BNCHW.shape[1:]
-        if n < 1 or (n - 1) % time:
-            raise InvalidRequestError(
-                f"{n} frames cannot be encoded: needs 1 + a multiple of {time}; "
-                f"give {max(0, n - 1) // time * time + 1}"
-            )
-        if height % space or width % space:
-            raise InvalidRequestError(
-                f"frames of {width} x {height} cannot be encoded: "
-                f"width and height must be multiples of {space}; scale or crop them"
-            )
+        check_frames(frames_BNCHW, time, space)
         yield frames_BNCHW[:, :1]
-        if n > 1:
+        if frames_BNCHW.shape[1] > 1:
             yield from torch.split(frames_BNCHW[:, 1:], time, dim=1)
 
     def _encode(self, groups_BTCHW: Iterator[Tensor]) -> Tensor:

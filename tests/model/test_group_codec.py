@@ -112,3 +112,8 @@ def test_it_is_a_codec_that_needs_no_latents_to_go_on(codec: GroupCodec) -> None
 def test_frames_are_float32_whatever_the_weights_are(codec: GroupCodec) -> None:
     frames, _ = codec.bfloat16().decode(latents(2).bfloat16(), codec.initial_state())
     assert frames.dtype == torch.float32
+
+
+def test_a_picture_size_that_makes_no_whole_latents_is_refused(codec: GroupCodec) -> None:
+    with pytest.raises(InvalidRequestError, match=r"36 x 32 cannot be encoded.*multiples of 8"):
+        codec.encode(torch.rand(1, 5, 3, 32, 36))

@@ -212,6 +212,15 @@ def test_bfloat16_decodes_and_encodes_close_to_float32() -> None:
     assert float((exact.encode(video(5)) - encoded).abs().mean()) < 0.01
 
 
+def test_weights_laid_out_channels_last_give_the_same_frames() -> None:
+    codec = vae()
+    frames, _ = codec.decode(latents(3), codec.initial_state())
+    encoded = codec.encode(video(5))
+    codec.to(memory_format=torch.channels_last)
+    assert torch.allclose(codec.decode(latents(3), codec.initial_state())[0], frames, atol=1e-5)
+    assert torch.allclose(codec.encode(video(5)), encoded, atol=1e-5)
+
+
 def test_eight_latents_rebuild_the_state_bit_for_bit_and_seven_do_not() -> None:
     codec = vae()
     for module in codec.decoder:

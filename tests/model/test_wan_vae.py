@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from wan_whole import decode_whole, encode_whole
 
 from echo_ray.errors import InvalidRequestError, WeightsError
@@ -219,6 +220,19 @@ def test_bfloat16_decodes_and_encodes_close_to_float32() -> None:
     encoded = rough.encode(video(5).bfloat16())
     assert encoded.dtype == torch.bfloat16
     assert float((exact.encode(video(5)) - encoded).abs().mean()) < 0.02
+
+
+def test_weights_laid_out_channels_last_give_the_same_frames() -> None:
+    codec = vae()
+    frames, _ = codec.decode(latents(3), codec.initial_state())
+    encoded = codec.encode(video(5))
+    for module in codec.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert torch.allclose(codec.decode(latents(3), codec.initial_state())[0], frames, atol=1e-5)
+    assert torch.allclose(codec.encode(video(5)), encoded, atol=1e-5)
 
 
 def with_long_memory(shape: WanVaeShape) -> WanVae:
