@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from echo_ray.errors import WeightsError
@@ -35,7 +36,7 @@ class Pair:
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The weight with its change, in float32 whatever the inputs are."""
-    return weight.float() + scale * (b.float() @ a.float())
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
 
 
 def apply_lora(

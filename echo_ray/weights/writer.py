@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -82,6 +83,22 @@ def file_bytes(entries: Sequence[Entry]) -> int:
     return len(header(entries)) + sum(e.size_bytes for e in entries)
 
 
+@dataclass(slots=True)
+class _Sink:
+    """An open file that knows the hash and the length of what went into it."""
+
+    file: BinaryIO
+    wrote: Callable[[int], object]
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+    size: int = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+        self.wrote(len(data))
+
+
 def write_file(
     file: Path, entries: Sequence[Entry], wrote: Callable[[int], object] = lambda _: None
 ) -> FileRecord:
@@ -89,21 +106,18 @@ def write_file(
 
     Raises `WeightsError` naming the tensor that holds a value that is not finite, and `OSError`.
     """
-    whole, size = hashlib.sha256(), 0
     with file.open("xb") as f:
-        for block in _stream(entries):
-            f.write(block)
-            whole.update(block)
-            size += len(block)
-            wrote(len(block))
-    return FileRecord(size, whole.hexdigest())
+        sink = _Sink(f, wrote)
+        sink.write(header(entries))
+        for entry in entries:
+            _write_entry(entry, sink)
+    return FileRecord(sink.size, sink.sha256.hexdigest())
 
 
-def _stream(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
-    yield header(entries)
-    for entry in entries:
-        for block in finite_blocks(entry):
-            yield block.view(torch.uint8).numpy().data
+def _write_entry(entry: Entry, sink: _Sink) -> None:
+    """A function of its own, so that nothing of one tensor is held when the next is made."""
+    for block in finite_blocks(entry):
+        sink.write(block.view(torch.uint8).numpy().data)
 
 
 def finite_blocks(entry: Entry) -> Iterator[Tensor]:
@@ -116,7 +130,7 @@ def finite_blocks(entry: Entry) -> Iterator[Tensor]:
         raise WeightsError(f"{entry.name}: {tuple(value.shape)} instead of {entry.shape}")
     for block in torch.split(value.detach().reshape(-1), _BLOCK_VALUES):
         converted = block.to(entry.dtype).contiguous()
-        if entry.dtype.is_floating_point and not bool(torch.isfinite(converted).all()):
+        if entry.dtype.is_floating_point and not _is_finite(converted):
             raise WeightsError(
                 f"{entry.name}: holds values that are not finite{_cause(block, entry)}; "
                 "the file is damaged, or its training had diverged"
@@ -124,7 +138,12 @@ def finite_blocks(entry: Entry) -> Iterator[Tensor]:
         yield converted
 
 
+def _is_finite(block: Tensor) -> bool:
+    """Without a second block: both extremes of one that holds a NaN are NaN."""
+    return block.numel() == 0 or all(bool(e.isfinite()) for e in torch.aminmax(block))
+
+
 def _cause(block: Tensor, entry: Entry) -> str:
-    if bool(torch.isfinite(block).all()):
+    if _is_finite(block):
         return f" once rounded to {str(entry.dtype).removeprefix('torch.')} (try --dtype keep)"
     return ""
