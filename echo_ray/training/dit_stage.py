@@ -201,7 +201,7 @@ class DitStage:
         self.averaged_steps = state["averaged_steps"]
 
     def at_checkpoint(self, out: Path, step: int) -> None:
-        write_weights(self.average, self.codec, out / "weights.safetensors")
+        write_weights(self.preset, self.average, self.codec, out)
         modules = load_modules(self.preset, WeightsFolder.open(out), torch.device("cpu"))
         sample_sheet(self.preset, modules, out / f"samples_{step:06d}.png")
 

@@ -1,4 +1,4 @@
-"""One weights file: every tensor of a preset in half precision, under its module's prefix."""
+"""A weights folder of what was trained: every tensor in half precision, in one file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from torch import Tensor, nn
 
 from echo_ray.errors import WeightsError
 from echo_ray.model.group_codec import GroupCodec
+from echo_ray.preset import Preset
+from echo_ray.weights.manifest import write_manifest
+
+FILE = "weights.safetensors"
 
 
-def write_weights(model: nn.Module, codec: GroupCodec, file: Path) -> None:
-    """Write `dit.`, `memory.` and `text.` of the model and `codec.` of the codec."""
+def write_weights(preset: Preset, model: nn.Module, codec: GroupCodec, folder: Path) -> None:
+    """Write the model's `dit.`, `memory.` and `text.`, the codec's `codec.`, and a manifest."""
     tensors = {**model.state_dict(), **{f"codec.{k}": v for k, v in codec.state_dict().items()}}
     halves = {k: _half(k, v) for k, v in tensors.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{FILE}.part"
     save_file(halves, part)
-    part.replace(file)
+    part.replace(folder / FILE)
+    write_manifest(folder, preset, [FILE])
 
 
 def _half(name: str, value: Tensor) -> Tensor:

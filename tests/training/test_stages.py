@@ -19,7 +19,9 @@ from echo_ray.training.dit_stage import DitStage, VideoModel, find_objects, spli
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import StepRandom, run_stage, step_random
 from echo_ray.training.recipe import Budget, Recipe, learning_rate_factor
+from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.modules import load_modules
+from echo_ray.weights.verify import verify
 
 RECIPE = Recipe(codec_batch=2, clips=4, chunks=6, short_chunks=3, dit_batch=2, bf16=False)
 
@@ -51,12 +53,27 @@ def test_codec_then_transformer_leave_weights_that_serve(preset: Preset, tmp_pat
     run(codec_stage, 3, tmp_path)
     stage = dit_stage(preset, tmp_path)
     run(stage, 4, tmp_path)
-    modules = load_modules(preset, tmp_path / "weights.safetensors", torch.device("cpu"))
+    folder = WeightsFolder.open(tmp_path)
+    folder.check(preset)
+    assert verify(tmp_path, preset).problems == []
+    modules = load_modules(preset, folder, torch.device("cpu"))
     average = stage.average.state_dict()
     assert torch.allclose(modules.dit.head.head.weight, average["dit.head.head.weight"], atol=1e-3)
     assert torch.allclose(modules.codec.mean, codec_stage.codec.mean, atol=1e-2)
     assert (tmp_path / "samples_000004.png").stat().st_size > 0
     assert set(json.loads((tmp_path / "dit_loss.json").read_text())) == {"step", "loss"}
+
+
+def test_weights_are_replaced_with_their_manifest(preset: Preset, tmp_path: Path) -> None:
+    model, codec = VideoModel(preset), CodecStage(preset, RECIPE).codec
+    write_weights(preset, model, codec, tmp_path / "new")
+    first = WeightsFolder.open(tmp_path / "new").digest
+    with torch.no_grad():
+        model.dit.head.head.bias += 1
+    write_weights(preset, model, codec, tmp_path / "new")
+    second = WeightsFolder.open(tmp_path / "new")
+    assert second.digest != first
+    assert torch.equal(second.part("dit")["head.head.bias"], model.dit.head.head.bias.half())
 
 
 def test_the_codec_learns_to_draw_what_it_is_shown(preset: Preset) -> None:
@@ -155,8 +172,8 @@ def test_weights_that_are_not_finite_are_not_written(preset: Preset, tmp_path: P
     with torch.no_grad():
         model.dit.head.head.bias[0] = float("nan")
     with pytest.raises(WeightsError, match=r"dit\.head\.head\.bias"):
-        write_weights(model, codec, tmp_path / "w.safetensors")
-    assert not (tmp_path / "w.safetensors").exists()
+        write_weights(preset, model, codec, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_shape_is_refused(preset: Preset, tmp_path: Path) -> None:
