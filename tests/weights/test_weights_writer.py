@@ -78,6 +78,18 @@ def test_values_that_are_not_finite_name_their_tensor(tmp_path: Path, bad: float
         write_file(tmp_path / "x.safetensors", entries)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 517, 1030])
+def test_one_bad_value_is_found_in_every_dtype_and_place(
+    tmp_path: Path, dtype: torch.dtype, bad: float, at: int
+) -> None:
+    value = torch.linspace(-3, 3, 1031).to(dtype)
+    value[at] = bad
+    with pytest.raises(WeightsError, match="not finite"):
+        write_file(tmp_path / "x.safetensors", [entry("a", value)])
+
+
 def test_values_that_a_dtype_cannot_hold_are_told_apart(tmp_path: Path) -> None:
     large = torch.tensor([1e300], dtype=torch.float64)
     with pytest.raises(WeightsError, match="once rounded to float32"):
