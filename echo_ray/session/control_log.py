@@ -83,6 +83,9 @@ def check_new(record: SessionRecord) -> None:
     """Refuse a record that no store could keep. Raises `InvalidRequestError`."""
     for name in ("id", "model", "prompt"):
         check_text(name, getattr(record, name))
+    if record.clip is not None:
+        check_text("clip.id", record.clip.id)
+        check_text("clip.sha256", record.clip.sha256)
     session_state(record.state)
     if not 0 <= record.next_index <= LAST_CHUNK or not 0 <= record.epoch <= LAST_CHUNK:
         raise InvalidRequestError(

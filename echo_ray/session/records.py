@@ -31,6 +31,17 @@ class OnIdle(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClipRef:
+    """The uploaded clip that a session begins with, as a blob beside its snapshots."""
+
+    id: str
+    sha256: str
+    """Of the bytes that were uploaded."""
+    frames: int
+    """How many of the stream's frames it became; a number of whole chunks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRecord:
     """One row of the session directory."""
 
@@ -41,6 +52,7 @@ class SessionRecord:
     pace: Pace = Pace.REALTIME
     on_idle: OnIdle = OnIdle.PAUSE
     labels: Mapping[str, str] = field(default_factory=dict)
+    clip: ClipRef | None = None
     created_at: float = 0.0
     state: SessionState = SessionState.LIVE
     owner: str | None = None

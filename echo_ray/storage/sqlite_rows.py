@@ -11,6 +11,7 @@ from typing import Any
 
 from echo_ray.session.control_log import LoggedControl
 from echo_ray.session.records import (
+    ClipRef,
     ControlEntry,
     OnIdle,
     Pace,
@@ -91,6 +92,7 @@ def session_values(record: SessionRecord) -> tuple[Any, ...]:
         "pace": record.pace.value,
         "on_idle": record.on_idle.value,
         "labels": dict(record.labels),
+        "clip": None if record.clip is None else asdict(record.clip),
     }
     return record.id, record.created_at, json.dumps(body), *mutable_values(record)
 
@@ -100,6 +102,8 @@ def session_from(row: tuple[Any, ...]) -> tuple[int, SessionRecord]:
     seq, id_, created_at, text, state, owner, epoch, lease_until, next_index, sealed, print_ = row
     try:
         body = json.loads(text)
+        # Rows of releases that took no clips have no such key.
+        clip = body.get("clip")
         return int(seq), SessionRecord(
             id=id_,
             model=body["model"],
@@ -108,6 +112,7 @@ def session_from(row: tuple[Any, ...]) -> tuple[int, SessionRecord]:
             pace=Pace(body["pace"]),
             on_idle=OnIdle(body["on_idle"]),
             labels=dict(body["labels"]),
+            clip=None if clip is None else ClipRef(**clip),
             created_at=float(created_at),
             state=SessionState(state),
             owner=owner,

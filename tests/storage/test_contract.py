@@ -17,6 +17,7 @@ from echo_ray.errors import (
     SessionNotFound,
 )
 from echo_ray.session.records import (
+    ClipRef,
     Lease,
     OnIdle,
     Pace,
@@ -37,6 +38,7 @@ def test_a_session_comes_back_as_it_was_created(directory: Directory) -> None:
         pace=Pace.MAX,
         on_idle=OnIdle.CLOSE,
         labels={"team": "a"},
+        clip=ClipRef(id="clip-1", sha256="ab" * 32, frames=21),
         created_at=12.25,
         next_index=16,
         sealed=16,
@@ -71,6 +73,8 @@ def test_create_refuses_a_taken_id(directory: Directory) -> None:
         {"epoch": 2**60},
         {"prompt": "\ud800"},
         {"id": "\udfff"},
+        {"clip": ClipRef(id="\ud800", sha256="", frames=9)},
+        {"clip": ClipRef(id="clip-1", sha256="\ud800", frames=9)},
         {"state": "asleep"},
     ],
 )

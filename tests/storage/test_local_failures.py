@@ -110,6 +110,14 @@ def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     [
         ("UPDATE sessions SET body = '{' WHERE id = 's1'", lambda d: d.get("s1")),
         ("UPDATE sessions SET body = '{}' WHERE id = 's1'", lambda d: d.list()),
+        (
+            "UPDATE sessions SET body = json_set(body, '$.clip', json('[]')) WHERE id = 's1'",
+            lambda d: d.get("s1"),
+        ),
+        (
+            "UPDATE sessions SET body = json_set(body, '$.clip', 'clip-1') WHERE id = 's1'",
+            lambda d: d.list(),
+        ),
         ("UPDATE sessions SET state = 'asleep' WHERE id = 's1'", lambda d: d.get("s1")),
         ("UPDATE sessions SET epoch = 'x' WHERE id = 's1'", lambda d: d.get("s1")),
         ("UPDATE sessions SET id = CAST(X'FF' AS TEXT) WHERE id = 's1'", lambda d: d.list()),
@@ -126,6 +134,14 @@ def test_a_row_that_makes_no_sense_is_damage(
     with pytest.raises(StoreCorrupt, match="backup"):
         read(directory)
     assert directory.get("s2").id == "s2"
+    directory.close()
+
+
+def test_a_session_of_a_release_without_clips_has_none(file: Path) -> None:
+    change(file, "UPDATE sessions SET body = json_remove(body, '$.clip')")
+    directory = opened(file)
+    assert directory.get("s1").clip is None
+    assert directory.get("s1").prompt == "a red ball"
     directory.close()
 
 
