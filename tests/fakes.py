@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from echo_ray.errors import EngineError, PromptError, SnapshotForeign
+from echo_ray.errors import EngineError, InvalidRequestError, PromptError, SnapshotForeign
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.snapshot import Buffer, Snapshot
@@ -52,7 +52,7 @@ class FakeState:
 
 
 class FakeEngine:
-    """An engine without a model: 8 x 8 frames that follow from seed, prompts and every step before.
+    """An engine without a model: 8 x 8 frames that follow from clip, seed, prompts and every step.
 
     `delay_s` is slept in each step. `failing` holds chunk indices whose next step fails, once each.
     `fingerprint` changes the bits, as another kind of device would.
@@ -84,13 +84,21 @@ class FakeEngine:
         self.stepped: list[int] = []
         self.stepped_at_s: list[float] = []
         self.loaded: list[int] = []
+        self.opened_with: list[int] = []
+        """Frames of the clip at every `open`."""
         self.may_step = threading.Event()
         self.may_step.set()
 
-    def open(self, prompt: str, seed: int) -> FakeState:
+    def open(self, prompt: str, seed: int, first_frames: bytes = b"") -> FakeState:
         if prompt == self.refuses:
             raise PromptError(f"prompt {prompt!r} is refused by the fake engine")
-        return FakeState(_hash(b"open", prompt, seed), prompt, 0, self.shape.point_every)
+        count, rest = divmod(len(first_frames), 8 * 8 * 3)
+        beyond = count - self.shape.first_chunk_frames
+        if rest or (first_frames and (beyond < 0 or beyond % self.shape.frames_per_chunk)):
+            raise InvalidRequestError(f"{len(first_frames)} bytes are no whole chunks")
+        self.opened_with.append(count)
+        hidden = _hash(b"open", prompt, seed, hashlib.sha256(first_frames).digest())
+        return FakeState(hidden, prompt, 0, self.shape.point_every)
 
     def step(self, state: FakeState, prompts: Sequence[str] = ()) -> Chunk:
         if not self.may_step.wait(30) or state.broken:
@@ -156,10 +164,15 @@ def build_fake_engine(section: object) -> FakeEngine:
 
 
 def undisturbed(
-    engine: FakeEngine, prompt: str, seed: int, chunks: int, switches: dict[int, list[str]]
+    engine: FakeEngine,
+    prompt: str,
+    seed: int,
+    chunks: int,
+    switches: dict[int, list[str]],
+    first_frames: bytes = b"",
 ) -> list[str]:
     """Digests of a run that nothing interrupts; `switches`: prompts by chunk."""
-    state = engine.open(prompt, seed)
+    state = engine.open(prompt, seed, first_frames)
     return [engine.step(state, switches.get(n, ())).digest for n in range(chunks)]
 
 

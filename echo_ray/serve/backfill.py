@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 
-from echo_ray.errors import SnapshotError, StoreUnavailable
+from echo_ray.errors import ClipLost, SnapshotError, StoreUnavailable
 from echo_ray.serve.bench import FAILURES_IN_A_ROW, RETRY_AFTER_S, Bench
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.runner import SessionRunner
@@ -94,7 +95,9 @@ class Backfill:
             self._refused |= {fetched.point.id}
             bench.accounts.snapshot_refused(runner.session_id, fetched.point.id, error)
             return
-        self._fetched, self._controls = fetched, ControlLog(fetched.entries)
+        # The clip is in the state now, and may be large.
+        self._fetched = replace(fetched, first_frames=b"")
+        self._controls = ControlLog(fetched.entries)
 
     def _replay(self, state: State) -> None:
         runner, fetched, index = self._runner, self._fetched, state.next_index
@@ -120,5 +123,5 @@ class Backfill:
         self._bench.accounts.engine_failed(self._runner.session_id, self._failures, error)
         self._forget()
         self._retry_at_s = self._served_s + RETRY_AFTER_S
-        if self._failures >= FAILURES_IN_A_ROW:
+        if self._failures >= FAILURES_IN_A_ROW or isinstance(error, ClipLost):
             self._runner.past_begins_at(None)

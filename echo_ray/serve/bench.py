@@ -33,9 +33,10 @@ class Bench:
     clock: Clock
 
     def state_of(self, fetched: Fetched) -> State:
-        """The state at the point that was fetched. Raises `SnapshotError`, `PromptError`."""
+        """The state at the fetched point. Raises `SnapshotError`, `InvalidRequestError`."""
         if fetched.snapshot is None:
-            return self.engine.open(fetched.record.prompt, fetched.record.seed)
+            record = fetched.record
+            return self.engine.open(record.prompt, record.seed, fetched.first_frames)
         return self.engine.load(fetched.snapshot)
 
     def step(self, state: State, controls: ControlLog) -> Segment:

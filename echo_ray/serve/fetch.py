@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from echo_ray.clock import Clock
 from echo_ray.errors import SnapshotError, SnapshotNotFound, StoreCorrupt
+from echo_ray.serve.clips import first_frames
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.session import snapshot as codec
+from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.records import ControlEntry, SessionRecord, SnapshotRef
 from echo_ray.session.replay import points_to_try
 from echo_ray.session.snapshot import Snapshot
@@ -27,6 +29,8 @@ class Fetched:
     point: SnapshotRef | None
     """None: point 0, opened from the record."""
     snapshot: Snapshot | None
+    first_frames: bytes
+    """The session's clip, if it has one and goes on from point 0."""
     entries: Sequence[ControlEntry]
     digests: Mapping[int, str]
     refs: Sequence[SnapshotRef]
@@ -47,6 +51,7 @@ class Fetcher:
     store: SnapshotStore
     telemetry: Telemetry
     clock: Clock
+    shape: StreamShape
     limit_chunks: int
     """Longest replay that is worth its time for the sake of past segments."""
     limit_bytes: int
@@ -55,7 +60,8 @@ class Fetcher:
         """Read the session back; `needed` is the first chunk that somebody wants (None: the next).
 
         A snapshot that cannot be read is passed over for the next best. Raises
-        `StoreUnavailable` if the stores cannot answer, and `SessionNotFound`.
+        `StoreUnavailable` if the stores cannot answer, `SessionNotFound`, and `ClipLost` if there
+        is no snapshot and the clip that the session begins with is gone or damaged.
         """
         record = self.directory.get(session_id)
         refs = self.directory.snapshots(session_id)
@@ -72,6 +78,7 @@ class Fetcher:
             record=record,
             point=point,
             snapshot=snapshot,
+            first_frames=b"" if point else first_frames(self.store, record, self.shape),
             entries=self.directory.controls(session_id, 0),
             digests=self.directory.digests(session_id, start, record.next_index),
             refs=refs,

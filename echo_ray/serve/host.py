@@ -90,6 +90,7 @@ class SessionHost:
             store=self._store,
             telemetry=self.telemetry,
             clock=self.clock,
+            shape=self.engine.shape,
             # A viewer at the end of the retention lags further while its past is made again.
             limit_chunks=2 * session.retention_chunks + self.engine.shape.point_every,
             limit_bytes=self.config.storage.snapshot_limit_bytes,

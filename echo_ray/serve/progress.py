@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 
 from echo_ray.errors import (
+    ClipLost,
     ConflictError,
     EchoError,
     EngineError,
@@ -298,7 +299,7 @@ class Progress:
         self._failures += 1
         self._bench.accounts.engine_failed(runner.session_id, self._failures, error)
         self._drop_state()
-        refused = isinstance(error, InvalidRequestError)
+        refused = isinstance(error, InvalidRequestError | ClipLost)
         if not refused and self._failures < FAILURES_IN_A_ROW:
             self._retry_at_s = self._served_s + RETRY_AFTER_S
             return
@@ -306,6 +307,6 @@ class Progress:
         if runner.shadow:
             runner.end(told)
             return
-        # What the engine refuses to take it refuses everywhere; handing it round helps nobody.
+        # What is refused or lost here is so everywhere; handing it round helps nobody.
         state = SessionState.PAUSED if refused else SessionState.LIVE
         runner.retire(state, failure=told)

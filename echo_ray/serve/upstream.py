@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from echo_ray.clock import Clock
 from echo_ray.config import SessionSection
 from echo_ray.errors import (
+    ClipLost,
     EchoError,
     Fenced,
     InvalidRequestError,
@@ -36,7 +37,7 @@ from echo_ray.serve.ownership import AVOID_S, Owner, Owners, SessionPaused
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.wire import error_from, parse_object
 
-TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, InvalidRequestError)
+TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, ClipLost, InvalidRequestError)
 """No other replica would answer otherwise, today or tomorrow."""
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.05

@@ -83,8 +83,12 @@ class Engine(Protocol):
         """Equal fingerprints produce equal bits: model, weights, dtype, device, threads, code."""
         ...
 
-    def open(self, prompt: str, seed: int) -> State:
-        """Point 0 of a new session. Raises `PromptError`, `InvalidRequestError`."""
+    def open(self, prompt: str, seed: int, first_frames: bytes = b"") -> State:
+        """Point 0 of a new session. Raises `PromptError`, `InvalidRequestError`.
+
+        `first_frames`: a clip that becomes the first chunks, uint8 RGB [N, H, W, 3] row-major of
+        the stream's own size; generation goes on behind it. Refused unless it is whole chunks.
+        """
         ...
 
     def step(self, state: State, prompts: Sequence[str] = ()) -> Chunk:
