@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,11 +29,13 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from echo_ray import wire
-from echo_ray.errors import EchoError, MessageError, UnavailableError
+from echo_ray.errors import ClipInvalid, EchoError, MessageError, UnavailableError
 
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 3.0
+CLIP_TIMEOUT_S = 150.0
+"""A service looks at a whole clip before it answers."""
 CLOSE_TIMEOUT_S = 0.5
 """Leaving early, with segments on their way that nobody will read, waits no longer."""
 
@@ -90,8 +93,13 @@ class EchoClient:
         pace: str | None = None,
         on_idle: str | None = None,
         labels: Mapping[str, str] | None = None,
+        clip: bytes | Path | None = None,
     ) -> dict[str, Any]:
-        """Create a session; the service draws the seed if none is given."""
+        """Create a session; the service draws the seed if none is given.
+
+        `clip`: an MP4, PNG or JPEG, or the file that holds it. It becomes the first chunks, and
+        the session continues it.
+        """
         wish = {
             "prompt": prompt,
             "seed": seed,
@@ -101,7 +109,11 @@ class EchoClient:
             "labels": dict(labels) if labels is not None else None,
         }
         body = {k: v for k, v in wish.items() if v is not None}
-        return await self._call("POST", "/v1/sessions", body)
+        if clip is None:
+            return await self._call("POST", "/v1/sessions", body)
+        data = await asyncio.to_thread(_read, clip) if isinstance(clip, Path) else clip
+        parts = {"session": (None, json.dumps(body)), "clip": ("clip", data)}
+        return _object(await self._ask("POST", "/v1/sessions", files=parts, timeout=CLIP_TIMEOUT_S))
 
     async def get(self, session_id: str) -> dict[str, Any]:
         return await self._call("GET", _path(session_id))
@@ -220,11 +232,7 @@ class EchoClient:
         return "ws" + self._url.removeprefix("http") + _path(session_id, "/stream") + query
 
     async def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        answer = await self._ask(method, path, json=body)
-        data = answer.json() if answer.content else {}
-        if not isinstance(data, dict):
-            raise MessageError(f"{method} {path}: the answer is not a JSON object")
-        return data
+        return _object(await self._ask(method, path, json=body))
 
     async def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
         try:
@@ -297,6 +305,21 @@ def _worth_a_retry(error: Exception, refusal: EchoError | None) -> bool:
         return True
     code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
     return refusal.retryable or code not in (1008, 1009)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise ClipInvalid(f"{file}: cannot be read: {e.strerror or e}", param="clip") from e
+
+
+def _object(answer: httpx.Response) -> dict[str, Any]:
+    data = answer.json() if answer.content else {}
+    if not isinstance(data, dict):
+        request = answer.request
+        raise MessageError(f"{request.method} {request.url.path}: the answer is not a JSON object")
+    return data
 
 
 def _refusal(answer: httpx.Response) -> EchoError:

@@ -20,12 +20,12 @@ from echo_ray import __version__
 from echo_ray.errors import (
     EchoError,
     InvalidRequestError,
-    MessageTooLarge,
     NoReplica,
     NotFoundError,
 )
 from echo_ray.serve.api_admin import admin_routes
 from echo_ray.serve.api_sessions import session_routes
+from echo_ray.serve.body_limit import BodyLimit
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView
 from echo_ray.serve.telemetry import CONTENT_TYPE
@@ -48,7 +48,7 @@ def build_api(front: Front, player: Path = PLAYER) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    app.add_middleware(BodyLimit, limit_bytes=front.config.http.max_message_bytes)
+    app.add_middleware(BodyLimit, config=front.config, answer=error_response)
     app.add_middleware(RequestCount, front=front)
     app.include_router(session_routes(front))
     app.include_router(viewer_routes(front))
@@ -159,42 +159,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(EchoError("the router failed; its log says why"))
-
-
-class BodyLimit:
-    """Reads a request's body whole, up to the limit, before anybody parses it."""
-
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
-        self._app = app
-        self._limit = limit_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._limit:
-                error = MessageTooLarge(
-                    f"the body has more than {self._limit} bytes (http.max_message_bytes); "
-                    "send less"
-                )
-                answer = error_response(error)
-                answer.headers["Connection"] = "close"
-                await answer(scope, receive, send)
-                return
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self._app(scope, replay, send)
 
 
 class RequestCount:

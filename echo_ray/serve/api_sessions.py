@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from echo_ray.engine.frames import check_format, mime
+from echo_ray.serve.forms import NEW_SESSION_BODY, new_session_of
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import (
     REFUSALS,
     EventQueued,
     NewEvent,
-    NewSession,
     SessionList,
     SessionView,
     SnapshotList,
@@ -31,10 +31,14 @@ def session_routes(front: Front) -> APIRouter:
 
 
 def _add_life(routes: APIRouter, front: Front) -> None:
-    @routes.post("", status_code=201)
-    async def create_session(body: NewSession) -> SessionView:
-        """Create a session. Nothing is generated until somebody watches."""
-        return SessionView.of(await front.create(body.model_dump()), front.shape)
+    @routes.post("", status_code=201, openapi_extra={"requestBody": NEW_SESSION_BODY})
+    async def create_session(request: Request) -> SessionView:
+        """Create a session. Nothing is generated until somebody watches.
+
+        As `multipart/form-data` it takes a clip, which becomes the session's first chunks.
+        """
+        body, clip = await new_session_of(request)
+        return SessionView.of(await front.create(body.model_dump(), clip), front.shape)
 
     @routes.get("")
     async def list_sessions() -> SessionList:

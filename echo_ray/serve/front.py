@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -27,6 +27,7 @@ from echo_ray.errors import (
     SegmentBeyondEnd,
     UnavailableError,
 )
+from echo_ray.serve.clips import ClipDesk
 from echo_ray.serve.ownership import Owner, Owners
 from echo_ray.serve.relay import Relays
 from echo_ray.serve.telemetry import Telemetry
@@ -80,15 +81,21 @@ class Front:
         self.owners = Owners(directory, config, clock, rng)
         self.relays = Relays(self.owners, config, clock, telemetry, rng)
         self._snapshots = snapshots
+        self._clips = ClipDesk(snapshots, shape, config.limits)
         self.http = httpx.AsyncClient(timeout=config.session.silence_s * 4, trust_env=False)
 
     async def close(self) -> None:
         """Send viewers elsewhere and close what is open; sessions go on without this router."""
         await self.relays.close()
+        self._clips.close()
         await self.http.aclose()
 
-    async def create(self, fields: dict[str, Any]) -> SessionRecord:
-        """Create a session from a request's fields (a missing seed is drawn)."""
+    async def create(self, fields: dict[str, Any], clip: bytes | None = None) -> SessionRecord:
+        """Create a session from a request's fields (a missing seed is drawn).
+
+        `clip`: a video or picture that the session is to continue. Raises `ClipInvalid`,
+        `ClipTooLarge`.
+        """
         given = {k: v for k, v in fields.items() if v is not None}
         given.setdefault("seed", secrets.randbelow(rules.MAX_SEED + 1))
         record = rules.new_session(
@@ -105,7 +112,14 @@ class Front:
         except EchoError as e:
             self.telemetry.count("admission_rejections", reason=e.code)
             raise
-        await asyncio.to_thread(self.directory.create, record)
+        if clip is not None:
+            record = replace(record, clip=await self._clips.take(record.id, clip))
+        try:
+            await asyncio.to_thread(self.directory.create, record)
+        except EchoError:
+            if record.clip is not None:
+                await self._clips.drop(record.id, record.clip)
+            raise
         return record
 
     async def get(self, session_id: str) -> SessionRecord:

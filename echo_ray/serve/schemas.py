@@ -61,6 +61,7 @@ class SessionView(BaseModel):
     pace: str
     on_idle: str
     labels: dict[str, str]
+    clip_frames: int = Field(description="frames that are the uploaded clip; 0 without one")
     owner: str | None
     epoch: int
 
@@ -81,6 +82,7 @@ class SessionView(BaseModel):
             pace=record.pace.value,
             on_idle=record.on_idle.value,
             labels=dict(record.labels),
+            clip_frames=record.clip.frames if record.clip else 0,
             owner=record.owner,
             epoch=record.epoch,
         )
