@@ -18,9 +18,10 @@ from pathlib import Path
 import psutil
 
 from echo_ray.client import EchoClient, Segment
-from echo_ray.config import ModelSection
+from echo_ray.config import LimitsSection, ModelSection
 from echo_ray.engine.build import build_engine
 from echo_ray.engine.engine import EchoEngine
+from echo_ray.engine.upload import read_clip
 
 COMMAND = "import sys; from echo_ray.cli import main; sys.exit(main())"
 START_LIMIT_S = 90.0
@@ -124,10 +125,13 @@ def lone_engine() -> EchoEngine:
     return build_engine(ModelSection())
 
 
-def undisturbed(prompt: str, seed: int, count: int, switches: Mapping[int, str]) -> list[str]:
+def undisturbed(
+    prompt: str, seed: int, count: int, switches: Mapping[int, str], *, clip: bytes | None = None
+) -> list[str]:
     """Digests of a run that nothing ever happens to, by the engine alone."""
     engine = lone_engine()
-    state = engine.open(prompt, seed)
+    frames = b"" if clip is None else read_clip(clip, engine.shape, LimitsSection())
+    state = engine.open(prompt, seed, frames)
     return [engine.step(state, [switches[i]] if i in switches else []).digest for i in range(count)]
 
 

@@ -24,6 +24,7 @@ from service import (
     undisturbed,
     wait_for_replicas,
 )
+from uploads import mp4
 
 from echo_ray.client import EchoClient
 
@@ -169,6 +170,33 @@ def test_a_viewer_that_comes_back_goes_on_where_it_was(service: Service) -> None
             await client.delete(session)
 
     asyncio.run(scenario())
+
+
+def test_a_clip_survives_kill_9_before_the_first_point(service: Service) -> None:
+    clip = mp4(32)
+
+    async def scenario() -> None:
+        async with EchoClient(service.url) as client:
+            made = await client.create(PROMPT, seed=8, pace="max", clip=clip)
+            assert made["clip_frames"] == 21
+            session, seen = made["id"], []
+            stream = client.segments(session, start=0, format="raw")
+            async with aclosing(stream):
+                async for segment in stream:
+                    seen.append(segment.metadata.digest)
+                    if segment.index == 3:
+                        _, pid = await owner_pid(client, session)
+                        os.kill(pid, signal.SIGKILL)
+                        assert await client.snapshots(session) == []
+                    if len(seen) == 12:
+                        break
+            assert seen == undisturbed(PROMPT, 8, 12, {}, clip=clip)
+            assert seen[:3] != undisturbed(PROMPT, 8, 3, {})
+            assert (await client.get(session))["epoch"] == 2
+            await client.delete(session)
+
+    asyncio.run(scenario())
+    asyncio.run(wait_for_replicas(service, 2))
 
 
 def test_pause_costs_nothing_and_resume_is_exact(service: Service) -> None:
