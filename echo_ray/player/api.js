@@ -21,10 +21,12 @@ export function streamAddress(id, from, format) {
 }
 
 async function call(method, path, body) {
+  const form = body instanceof FormData;
   const response = await fetch(addressOf(path), {
     method,
-    headers: body ? { "content-type": "application/json" } : {},
-    body: body ? JSON.stringify(body) : undefined,
+    // A form says its type itself, with the boundary between its parts.
+    headers: body && !form ? { "content-type": "application/json" } : {},
+    body: body && !form ? JSON.stringify(body) : body,
   });
   const text = await response.text();
   const answer = text ? readJson(text) : {};
@@ -44,7 +46,15 @@ function sessionPath(id, verb = "") {
   return `v1/sessions/${encodeURIComponent(id)}${verb}`;
 }
 
-export const createSession = (wish) => call("POST", "v1/sessions", wish);
+// The clip is a File, or undefined.
+export function createSession(wish, clip) {
+  if (!clip) return call("POST", "v1/sessions", wish);
+  const form = new FormData();
+  form.append("session", JSON.stringify(wish));
+  form.append("clip", clip);
+  return call("POST", "v1/sessions", form);
+}
+
 export const getSession = (id) => call("GET", sessionPath(id));
 export const closeSession = (id) => call("DELETE", sessionPath(id));
 export const pauseSession = (id) => call("POST", sessionPath(id, "/pause"));

@@ -172,7 +172,7 @@ async function startSession(event) {
   const wish = { prompt: element("prompt").value };
   const seed = element("seed").value;
   if (seed !== "") wish.seed = Number(seed);
-  await attempt(async () => openSession(await api.createSession(wish), 0));
+  await attempt(async () => openSession(await api.createSession(wish, element("clip").files[0]), 0));
 }
 
 async function joinSession(id) {

@@ -61,6 +61,7 @@ class FakeService:
         self.served = 0
         self.twist = lambda index: index
         self.error = None
+        self.clip = None
 
     def application(self):
         return Starlette(
@@ -85,7 +86,12 @@ class FakeService:
         }  # fmt: skip
 
     async def create(self, request):
-        body = await request.json()
+        if request.headers["content-type"].startswith("multipart/form-data"):
+            form = await request.form()
+            body, self.clip = json.loads(form["session"]), await form["clip"].read()
+            await form.close()
+        else:
+            body = await request.json()
         if not body["prompt"].strip():
             error = {"message": "prompt is empty", "code": "prompt_invalid"}
             return JSONResponse({"error": error}, 400)
@@ -215,6 +221,20 @@ def chunk_at_least(number):
 class TestInBrowser:
     pytestmark = needs_browser
 
+    def test_a_chosen_clip_is_sent_with_the_prompt(self, service, browser):
+        browser.open(service.url)
+        browser.run(
+            "{ const chosen = new DataTransfer();"
+            "  chosen.items.add(new File([new Uint8Array([0, 1, 255])], 'a.mp4'));"
+            "  document.getElementById('clip').files = chosen.files; }"
+        )
+        browser.fill("prompt", "an orange bar")
+        browser.click("#start-form button")
+        browser.wait_for(chunk_at_least(1))
+        assert service.clip == b"\x00\x01\xff"
+        assert service.prompts[0] == "an orange bar"
+        assert browser.complaints == []
+
     @pytest.mark.parametrize("fmt", ["fmp4", "jpeg"])
     def test_watch_switch_and_survive_a_cut(self, service, browser, fmt):
         start(browser, service, fmt)
@@ -319,7 +339,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 def test_every_control_has_a_label():
     page = (PLAYER / "index.html").read_text(encoding="utf-8")
-    for name in ("prompt", "seed", "switch", "format"):
+    for name in ("prompt", "seed", "clip", "switch", "format"):
         assert f'<label for="{name}">' in page
     script = (PLAYER / "player.js").read_text(encoding="utf-8")
     named = {w.split('"')[1] for w in script.split("element(")[1:] if w.startswith('"')}
