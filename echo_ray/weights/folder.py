@@ -31,8 +31,8 @@ class WeightsFolder:
     def open(cls, path: Path) -> WeightsFolder:
         """Read the manifest and the files' tables of contents; no tensor is read yet.
 
-        Raises `WeightsError` for a folder without manifest, and for files that are missing, of
-        another size than the manifest says, or not safetensors.
+        Raises `WeightsError` for a folder without manifest, for files that are missing or of
+        another size than the manifest says, and for a tokenizer that has changed.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -43,7 +43,11 @@ class WeightsFolder:
                 if key in index.setdefault(part, {}):
                     raise WeightsError(f"{path}: {part}.{key} is in {index[part][key]} and {name}")
                 index[part][key] = name
-        return cls(path, manifest, index)
+        folder = cls(path, manifest, index)
+        for name in manifest.files:
+            if not name.endswith(".safetensors"):
+                folder.check_file(name)
+        return folder
 
     @property
     def preset(self) -> str:

@@ -143,6 +143,16 @@ def test_a_flipped_bit_is_found_before_a_tensor_is_given(folder: Path) -> None:
         opened.part("dit")
 
 
+def test_a_changed_tokenizer_is_found_at_once(folder: Path) -> None:
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    write_manifest(folder, published_preset(), ["weights.safetensors", "tokenizer/tokenizer.json"])
+    WeightsFolder.open(folder)
+    (folder / "tokenizer/tokenizer.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"tokenizer\.json: damaged"):
+        WeightsFolder.open(folder)
+
+
 def test_a_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = WeightsFolder.open(folder)
     opened.part("dit")
