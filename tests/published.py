@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
 from echo_ray.preset import (
     CacheShape,
     DiTShape,
@@ -41,3 +47,15 @@ def published_preset(
         codec=WanVaeShape(mean=(0.1,) * 4, std=(1.5,) * 4, dim=4, dim_mult=(1, 2, 2, 2)),
         small_codec=TinyVaeShape(encoder_width=4, decoder_widths=(8, 4, 4, 4)),
     )
+
+
+def read(file: Path) -> dict[str, Any]:
+    data: dict[str, Any] = torch.load(file, weights_only=True)
+    return data
+
+
+def change(file: Path, how: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite a checkpoint with something changed in it."""
+    data = read(file)
+    how(data)
+    torch.save(data, file)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from published import published_preset
+from published import change, published_preset, read
 from torch import Tensor
 
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset, load_preset
-from echo_ray.weights import convert as conversion
-from echo_ray.weights import writer
 from echo_ray.weights.containers import plain_state
 from echo_ray.weights.convert import convert
 from echo_ray.weights.folder import WeightsFolder
@@ -29,30 +25,6 @@ from echo_ray.weights.synthetic import STYLES, synthesize
 
 PRESET = published_preset()
 MEMORY = "query_memory_encoder"
-Change = Callable[[dict[str, Any]], object]
-
-
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("published") / "src"
-    synthesize(PRESET, folder, seed=5)
-    return folder
-
-
-@pytest.fixture
-def src(untouched: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(untouched, tmp_path / "src"))
-
-
-def content(file: Path) -> dict[str, Any]:
-    data: dict[str, Any] = torch.load(file, weights_only=True)
-    return data
-
-
-def change(file: Path, how: Change) -> None:
-    data = content(file)
-    how(data)
-    torch.save(data, file)
 
 
 def converted(
@@ -76,12 +48,12 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def transformer(src: Path, name: str = "generator") -> dict[str, Tensor]:
-    state = plain_state(content(src / "echo_infinity.pt")[name], src)
+    state = plain_state(read(src / "echo_infinity.pt")[name], src)
     return {k: v for k, v in state.items() if not k.startswith(MEMORY)}
 
 
 def adapter(src: Path) -> dict[str, Any]:
-    return content(src / "echo_infinity_lora.pt")
+    return read(src / "echo_infinity_lora.pt")
 
 
 def test_every_part_arrives_with_the_adapter_merged(src: Path) -> None:
@@ -90,9 +62,9 @@ def test_every_part_arrives_with_the_adapter_merged(src: Path) -> None:
     lora = adapter(src)
     assert_same(folder.part("dit"), apply_lora(transformer(src), lora["generator_lora"]))
     assert_same(folder.part("memory"), lora[MEMORY])
-    assert_same(folder.part("text"), content(src / "models_t5_umt5-xxl-enc-bf16.pth"))
-    assert_same(folder.part("codec"), content(src / "Wan2.1_VAE.pth"))
-    assert_same(folder.part("small_codec"), content(src / "taew2_1.pth"))
+    assert_same(folder.part("text"), read(src / "models_t5_umt5-xxl-enc-bf16.pth"))
+    assert_same(folder.part("codec"), read(src / "Wan2.1_VAE.pth"))
+    assert_same(folder.part("small_codec"), read(src / "taew2_1.pth"))
     copied = (folder.tokenizer / "tokenizer.json").read_bytes()
     assert copied == (src / "google/umt5-xxl/tokenizer.json").read_bytes()
     assert {v.dtype for part in folder.index for v in folder.part(part).values()} == {torch.float32}
@@ -156,7 +128,7 @@ def test_without_adapter_the_generator_is_taken_as_merged(tmp_path: Path, style:
     src = tmp_path / "src"
     synthesize(PRESET, src, seed=3, style=style)
     (src / "echo_infinity_lora.pt").unlink()
-    data = content(src / "echo_infinity.pt")
+    data = read(src / "echo_infinity.pt")
     state = plain_state(data if style == "bare" else data[style], src)
     plan = make_plan(src, PRESET)
     assert any("no adapter given: taken as merged" in note for note in plan.notes)
@@ -181,7 +153,7 @@ def test_the_short_model_is_the_generator_alone(src: Path) -> None:
     assert any("echo_infinity_lora.pt: not used" in note for note in plan.notes)
     folder = converted(src, short())
     assert_same(folder.part("dit"), transformer(src))
-    state = plain_state(content(src / "echo_infinity.pt")["generator"], src)
+    state = plain_state(read(src / "echo_infinity.pt")["generator"], src)
     memory = {k.removeprefix(f"{MEMORY}."): v for k, v in state.items() if k.startswith(MEMORY)}
     assert "norm_k_out.weight" in memory
     assert_same(folder.part("memory"), memory)
@@ -202,7 +174,7 @@ def test_a_memory_of_its_own_file_comes_first(src: Path, tmp_path: Path) -> None
 
 def test_an_adapter_without_memory_leaves_the_generators(src: Path) -> None:
     change(src / "echo_infinity_lora.pt", lambda d: d.pop(MEMORY))
-    state = plain_state(content(src / "echo_infinity.pt")["generator"], src)
+    state = plain_state(read(src / "echo_infinity.pt")["generator"], src)
     found = converted(src).part("memory")
     assert torch.equal(found["query_init"], state[f"{MEMORY}.query_init"])
 
@@ -329,7 +301,7 @@ def test_files_deeper_down_and_as_safetensors_are_found(src: Path) -> None:
     from safetensors.torch import save_file
 
     (src / "deep" / "er").mkdir(parents=True)
-    vae = content(src / "Wan2.1_VAE.pth")
+    vae = read(src / "Wan2.1_VAE.pth")
     save_file(vae, src / "deep/er/Wan2.1_VAE.safetensors")
     (src / "Wan2.1_VAE.pth").unlink()
     assert_same(converted(src).part("codec"), vae)
@@ -340,106 +312,3 @@ def test_only_presets_with_published_files_convert(src: Path) -> None:
         make_plan(src, load_preset("echo-tiny"))
     with pytest.raises(ConfigError, match="--dtype: 'int8' is not allowed"):
         make_plan(src, PRESET, dtype="int8")
-
-
-def test_values_that_are_not_finite_leave_no_folder(src: Path, tmp_path: Path) -> None:
-    change(src / "Wan2.1_VAE.pth", lambda d: d["conv1.bias"].fill_(float("nan")))
-    with pytest.raises(WeightsError, match=r"codec\.conv1\.bias: holds values that are not finite"):
-        convert(make_plan(src, PRESET), tmp_path / "dst")
-    assert not (tmp_path / "dst").exists()
-
-
-def test_an_interrupted_conversion_leaves_no_folder(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = writer.write_file
-    written: list[Path] = []
-
-    def interrupted(file: Path, *args: Any) -> object:
-        if written:
-            raise KeyboardInterrupt
-        written.append(file)
-        return write(file, *args)
-
-    monkeypatch.setattr(conversion, "write_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        convert(make_plan(src, PRESET), tmp_path / "dst")
-    assert written
-    assert not (tmp_path / "dst").exists()
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        convert(make_plan(src, PRESET), tmp_path / "mine")
-    assert list((tmp_path / "mine").iterdir()) == []
-
-
-def test_a_failed_overwrite_leaves_the_old_folder_whole(
-    src: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = converted(src).digest
-    change(src / "taew2_1.pth", lambda d: d["decoder.1.bias"].fill_(float("inf")))
-    with pytest.raises(WeightsError, match="not finite"):
-        convert(make_plan(src, PRESET), src.parent / "dst", overwrite=True)
-    folder = WeightsFolder.open(src.parent / "dst")
-    assert folder.digest == before
-    folder.part("dit")
-    assert not list((src.parent / "dst").glob(".partial*"))
-
-
-def test_overwriting_replaces_every_file_of_the_old_folder(src: Path) -> None:
-    before = converted(src).digest
-    (src / "taew2_1.pth").unlink()
-    dst = src.parent / "dst"
-    (dst / ".partial-x").mkdir()
-    convert(make_plan(src, PRESET, dtype="bfloat16"), dst, overwrite=True)
-    folder = WeightsFolder.open(dst)
-    assert folder.digest != before
-    held = {"codec", "dit", "memory", "text"}
-    assert {path.stem for path in dst.glob("*.safetensors")} == held
-    assert not (dst / ".partial-x").exists()
-
-
-def test_a_taken_target_is_refused(src: Path, tmp_path: Path) -> None:
-    plan = make_plan(src, PRESET)
-    converted(src)
-    with pytest.raises(WeightsError, match="is a weights folder already; --overwrite"):
-        convert(plan, tmp_path / "dst")
-    with pytest.raises(WeightsError, match="is not empty, and not a weights folder either"):
-        convert(plan, src, overwrite=True)
-    (tmp_path / "file").touch()
-    with pytest.raises(WeightsError, match="is a file"):
-        convert(plan, tmp_path / "file")
-    (tmp_path / "rest" / ".partial-abc").mkdir(parents=True)
-    with pytest.raises(WeightsError, match="unfinished conversion; --overwrite"):
-        convert(plan, tmp_path / "rest")
-    convert(plan, tmp_path / "rest", overwrite=True)
-
-
-def test_a_full_disk_is_told_before_anything_is_written(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    plan = make_plan(src, PRESET)
-    needed = conversion.plan_bytes(plan)
-    asked = []
-
-    def disk_usage(place: Path) -> object:
-        asked.append(place)
-        return usage(10**9, 0, needed - 1)
-
-    monkeypatch.setattr("shutil.disk_usage", disk_usage)
-    with pytest.raises(WeightsError, match=r"the disk is too full: .* are needed and .* are free"):
-        convert(plan, tmp_path / "new" / "dst")
-    assert asked == [tmp_path]
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> object:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(conversion, "write_file", full)
-    with pytest.raises(WeightsError, match="conversion failed: No space left on device"):
-        convert(make_plan(src, PRESET), tmp_path / "dst")
-    assert not (tmp_path / "dst").exists()

@@ -18,28 +18,21 @@ from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.manifest import write_manifest
 from echo_ray.weights.plan import make_plan
 from echo_ray.weights.sources import Options
-from echo_ray.weights.synthetic import synthesize
 from echo_ray.weights.verify import verify
 
 PRESET = published_preset()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    synthesize(PRESET, folder / "src", seed=5)
-    convert(make_plan(folder / "src", PRESET), folder / "dst")
+def made(untouched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "dst"
+    convert(make_plan(untouched, PRESET), folder)
     return folder
 
 
 @pytest.fixture
-def src(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / "src", tmp_path / "src"))
-
-
-@pytest.fixture
 def dst(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made / "dst", tmp_path / "dst"))
+    return Path(shutil.copytree(made, tmp_path / "dst"))
 
 
 def rewritten(dst: Path, name: str, changes: dict[str, torch.Tensor | None]) -> None:
