@@ -106,7 +106,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_lost_clip_pauses_the_session_and_tells_its_viewers(damage: Any) -> None:
     async def refused(replica: Any, epoch: int) -> tuple[int | None, str, str]:
-        async with pull(replica, epoch, want=3) as end:
+        async with pull(replica, epoch) as end:
             code = await close_code(end)
             return code, end.others[-1]["code"], end.others[-1]["message"]
 
@@ -127,7 +127,7 @@ def test_a_lost_clip_pauses_the_session_and_tells_its_viewers(damage: Any) -> No
 
 def test_a_clip_that_reads_otherwise_than_when_it_was_taken_is_lost() -> None:
     async def refused(replica: Any, epoch: int) -> str:
-        async with pull(replica, epoch, want=3) as end:
+        async with pull(replica, epoch) as end:
             await close_code(end)
             return str(end.others[-1]["message"])
 
@@ -140,7 +140,7 @@ def test_a_clip_that_reads_otherwise_than_when_it_was_taken_is_lost() -> None:
 
 def test_a_session_that_has_a_point_goes_on_without_its_clip() -> None:
     async def past(replica: Any, epoch: int) -> tuple[int | None, str]:
-        async with pull(replica, epoch, 1, want=9) as end:
+        async with pull(replica, epoch, 1) as end:
             return await close_code(end), end.others[-1]["code"]
 
     with Replicas() as bench:
@@ -169,7 +169,7 @@ def test_a_store_that_cannot_answer_for_a_while_delays_the_clip_and_no_more() ->
 
 def test_a_damaged_store_is_a_lost_clip() -> None:
     async def refused(replica: Any, epoch: int) -> str:
-        async with pull(replica, epoch, want=3) as end:
+        async with pull(replica, epoch) as end:
             await close_code(end)
             return str(end.others[-1]["code"])
 
