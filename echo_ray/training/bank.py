@@ -23,9 +23,9 @@ from tqdm import tqdm
 from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.words import padded_ids
 from echo_ray.preset import Preset
-from echo_ray.training.clips import Clip, make_clip
+from echo_ray.scenes.clips import Clip, make_clip
+from echo_ray.scenes.world import render
 from echo_ray.training.recipe import Recipe
-from echo_ray.training.scenes import render
 from echo_ray.training.trainable import new_codec
 
 Singles = NDArray[np.float32]

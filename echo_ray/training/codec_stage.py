@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from echo_ray.preset import Preset
+from echo_ray.scenes.world import random_groups, render
 from echo_ray.training.loop import StepRandom
 from echo_ray.training.pictures import contact_sheet
 from echo_ray.training.recipe import Recipe
-from echo_ray.training.scenes import random_groups, render
 from echo_ray.training.trainable import new_codec
 
 

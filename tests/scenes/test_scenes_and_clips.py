@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from echo_ray.model.words import read_prompt
-from echo_ray.training.clips import chunk_of_frames, make_clip
-from echo_ray.training.scenes import (
+from echo_ray.scenes.clips import make_clip
+from echo_ray.scenes.scripts import chunk_of_frames
+from echo_ray.scenes.world import (
     BACKGROUND_RGB,
     BACKGROUNDS,
     COLOUR_RGB,
@@ -50,7 +51,7 @@ def test_a_shape_is_drawn_in_its_colour_at_its_place(shape: str) -> None:
 def test_shapes_differ_as_their_names_say() -> None:
     line = np.linspace(-12, 12, 97, dtype=np.float32)
     dy, dx = np.meshgrid(line, line, indexing="ij")
-    masks = {name: coverage(i, dx, dy, np.float32(10)) > 0.5 for i, name in enumerate(SHAPES)}
+    masks = {name: coverage(i, dx, dy, np.full_like(dx, 10)) > 0.5 for i, name in enumerate(SHAPES)}
     corner = (np.abs(dx - 8) < 0.3) & (np.abs(dy - 8) < 0.3)
     assert masks["square"][corner].all()
     assert not masks["ball"][corner].any()

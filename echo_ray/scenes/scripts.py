@@ -1,7 +1,6 @@
-"""Clips for the transformer: a scene per chunk, its motion and the caption of every chunk.
+"""What happens in a clip, chunk by chunk, and the motion it makes.
 
-Attributes change at chunk borders only. A caption leaves attributes out at random, but never one
-that changes in the clip: what the prompt does not say must be predictable from the past.
+Attributes change at chunk borders only.
 
 Shapes: K chunks, T frames, O objects.
 """
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from echo_ray.training.scenes import (
+from echo_ray.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     RADII,
@@ -23,13 +22,6 @@ from echo_ray.training.scenes import (
     Ints,
     bounce,
 )
-
-COLOUR_NAMES = tuple(COLOURS)
-BACKGROUND_NAMES = tuple(BACKGROUNDS)
-RADIUS_NAMES = tuple(RADII)
-SPEED_NAMES = tuple(SPEEDS)
-VERBS = ("moving", "bouncing", "flying")
-MENTION = {"colour": 0.85, "size": 0.5, "speed": 0.4, "background": 0.92, "verb": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +34,6 @@ class Script:
     visible_KO: Bools
     size_O: Ints
     speed_O: Ints
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """Frames to draw and one caption a chunk."""
-
-    script: Script
-    frames: Frames
-    captions: tuple[str, ...]
 
 
 def chunk_of_frames(chunks: int, first: int, later: int) -> Ints:
@@ -119,54 +102,3 @@ def animate(rng: np.random.Generator, script: Script, size: int, chunk_T: Ints) 
         shape_TO=script.shape_KO[chunk_T],
         visible_TO=script.visible_KO[chunk_T],
     )
-
-
-def write_captions(rng: np.random.Generator, script: Script) -> tuple[str, ...]:
-    """One caption a chunk, in one wording for the whole clip."""
-    chunks, objects = script.colour_KO.shape
-    says = {name: bool(rng.random() < share) for name, share in MENTION.items()}
-    says["background"] |= bool((script.background_K != script.background_K[0]).any())
-    says["colour"] |= objects > 1 or bool((script.colour_KO != script.colour_KO[0]).any())
-    verb = rng.choice(VERBS)
-    behind_first = bool(rng.random() < 0.25)
-    captions = []
-    seen, gone = False, False
-    for k in range(chunks):
-        behind = f"{BACKGROUND_NAMES[script.background_K[k]]} background"
-        if not script.visible_KO[k].any():
-            captions.append(f"empty {behind}")
-            gone = seen
-            continue
-        seen = True
-        subject = (
-            "it comes back"
-            if gone
-            else " and ".join(_thing(script, k, o, says) for o in range(objects))
-        )
-        if says["verb"] and not gone:
-            subject += f" {verb}"
-        if says["speed"] and objects == 1 and not gone:
-            subject += f" {SPEED_NAMES[script.speed_O[0]]}"
-        if not says["background"]:
-            captions.append(subject)
-        elif behind_first:
-            captions.append(f"on a {behind} {subject}")
-        else:
-            captions.append(f"{subject} on a {behind}")
-    return tuple(captions)
-
-
-def _thing(script: Script, k: int, o: int, says: dict[str, bool]) -> str:
-    words = ["a"]
-    if says["size"]:
-        words.append(RADIUS_NAMES[script.size_O[o]])
-    if says["colour"]:
-        words.append(COLOUR_NAMES[script.colour_KO[k, o]])
-    return " ".join([*words, SHAPES[script.shape_KO[k, o]]])
-
-
-def make_clip(rng: np.random.Generator, chunks: int, size: int, first: int, later: int) -> Clip:
-    """Draw up one clip; rendering it is the caller's."""
-    script = write_script(rng, chunks)
-    frames = animate(rng, script, size, chunk_of_frames(chunks, first, later))
-    return Clip(script=script, frames=frames, captions=write_captions(rng, script))
