@@ -12,8 +12,19 @@ import av
 import numpy as np
 from PIL import Image
 
+from echo_ray.session.engine_port import StreamShape
+
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
+SHAPE = StreamShape(
+    model="m",
+    fps=16,
+    width=64,
+    height=64,
+    frames_per_chunk=12,
+    first_chunk_frames=9,
+    point_every=4,
+)
 
 
 def moving_square(number: int, width: int = 64, height: int = 64) -> Picture:

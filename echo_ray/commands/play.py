@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from echo_ray.commands.settings import add_settings
+
 if TYPE_CHECKING:
     from echo_ray.config import LimitsSection
     from echo_ray.engine.engine import EchoEngine
@@ -30,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet (png)")
     parser.add_argument("--clip", type=Path, help="an mp4, png or jpeg to begin with and to go on")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        dest="assignments",
-        help="change a value of the configuration, e.g. model.vae=tiny; may be given several times",
-    )
+    add_settings(parser, "model.vae=tiny")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from echo_ray.commands.settings import add_settings
+
 HELP = "run the service on this machine"
 APPLICATION = "echo-ray"
 BUILDER = "echo_ray.serve.app:build"
@@ -46,14 +48,7 @@ class ServePlan:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a Ray Serve config file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        dest="assignments",
-        help="change a value of the configuration, e.g. http.port=9000; may be given several times",
-    )
+    add_settings(parser, "http.port=9000")
 
 
 def run(args: argparse.Namespace) -> int:

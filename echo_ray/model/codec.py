@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from echo_ray.errors import InvalidRequestError
+from echo_ray.model.history import BEGUN, begun_flag
 
 CodecState = dict[str, Tensor]
 """What a decoder keeps of the latents before; never changed in place."""
@@ -20,40 +22,64 @@ CodecState = dict[str, Tensor]
 class Codec(nn.Module, ABC):
     """A causal video autoencoder: 1 + 4k frames are 1 + k latents."""
 
+    def __init__(self, channels: int, temporal_stride: int, spatial_stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.temporal_stride = temporal_stride
+        self.spatial_stride = spatial_stride
+
     @property
     @abstractmethod
     def rebuild_latents(self) -> int:
         """Trailing latents from which `rebuild` gives the live state, bit for bit."""
 
-    @abstractmethod
     def encode(self, frames_BNCHW: Tensor) -> Tensor:
-        """Whole video in [0, 1] to normalised latents [B, F, C, h, w].
+        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w].
 
-        Raises `InvalidRequestError` unless N is 1 + a multiple of the temporal stride.
+        Raises `InvalidRequestError` unless the strides divide the video so.
         """
+        check_frames(frames_BNCHW, self.temporal_stride, self.spatial_stride)
+        return self.encode_whole(frames_BNCHW)
 
     @abstractmethod
+    def encode_whole(self, frames_BNCHW: Tensor) -> Tensor:
+        """What `encode` gives, of frames that were checked."""
+
     def initial_state(self) -> CodecState:
         """State of a stream of which nothing was decoded yet."""
+        return {BEGUN: begun_flag(False)}
 
-    @abstractmethod
+    def midstream_state(self) -> CodecState:
+        """State of a stream whose past is unknown: zeros, but for that there was one.
+
+        What the zeros do to the next latents has died out after `rebuild_latents` of them.
+        """
+        return {BEGUN: begun_flag(True)}
+
     def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """Frames [B, N, 3, H, W], float32 in [0, 1], of the next latents of a stream.
 
-        The stream's very first latent is one frame, every later one `temporal_stride` frames. How
-        a stream is cut into calls changes no bit of its frames.
+        The stream's very first latent is one frame, every later one `temporal_stride` frames.
+        Latent by latent, so that how a stream is cut into calls changes no bit of its frames.
+        Raises `InvalidRequestError` for latents of other channels.
         """
+        check_latents(latents_BFChw, self.channels)
+        b, _, _, h, w = latents_BFChw.shape
+        size = (b, 0, 3, self.spatial_stride * h, self.spatial_stride * w)
+        parts = [latents_BFChw.new_zeros(size, dtype=torch.float32)]
+        for latent_BChw in latents_BFChw.unbind(1):
+            frames, state = self.decode_next(latent_BChw, state)
+            parts.append(frames)
+        return torch.cat(parts, dim=1), state
+
+    @abstractmethod
+    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """The frames of one latent, as `decode` gives them, and the state after it."""
 
     def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents; `first`: they start where the stream starts."""
         state = self.initial_state() if first else self.midstream_state()
-        if not latents_BFChw.shape[1]:
-            return state
         return self.decode(latents_BFChw, state)[1]
-
-    @abstractmethod
-    def midstream_state(self) -> CodecState:
-        """State of a stream whose past is unknown, but for that there was one."""
 
 
 def check_frames(frames_BNCHW: Tensor, time: int, space: int) -> None:

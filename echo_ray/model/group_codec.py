@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.model.codec import Codec, CodecState, check_frames
-from echo_ray.model.history import BEGUN, begun_flag
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import BEGUN
 from echo_ray.preset import GroupCodecShape
 
 NORM_GROUPS = 8
@@ -87,9 +87,7 @@ class GroupCodec(Codec):
     std: Tensor
 
     def __init__(self, shape: GroupCodecShape, channels: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.channels = channels
+        super().__init__(channels, shape.temporal_stride, shape.spatial_stride)
         self.encoder = GroupEncoder(shape, channels)
         self.decoder = GroupDecoder(shape, channels)
         self.register_buffer("mean", torch.zeros(channels))
@@ -100,11 +98,10 @@ class GroupCodec(Codec):
         """None: a group is decoded by itself."""
         return 0
 
-    def encode(self, frames_BNCHW: Tensor) -> Tensor:
-        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
+    def encode_whole(self, frames_BNCHW: Tensor) -> Tensor:
+        """Groups of frames, the first frame being a group of its own, repeated."""
         b, _, _, height, width = frames_BNCHW.shape
-        stride = self.shape.temporal_stride
-        check_frames(frames_BNCHW, stride, self.shape.spatial_stride)
+        stride = self.temporal_stride
         first = frames_BNCHW[:, :1].expand(-1, stride - 1, -1, -1, -1)
         groups = torch.cat([first, frames_BNCHW], dim=1)
         groups = groups.reshape(-1, 3 * stride, height, width)
@@ -119,38 +116,19 @@ class GroupCodec(Codec):
         out: Tensor = (self.decoder(raw) + 1) / 2
         return out
 
-    def initial_state(self) -> CodecState:
-        """State of a stream of which nothing was decoded yet; lives on the host."""
-        return {BEGUN: begun_flag(False)}
-
-    def midstream_state(self) -> CodecState:
-        """State of a stream that has begun; nothing else of its past matters."""
-        return {BEGUN: begun_flag(True)}
-
-    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
-        """Decode the next latents of a stream; the stream's very first latent is one frame.
-
-        Latent by latent, so that the frames do not depend on how a stream was cut into calls.
-        """
-        stride = self.shape.temporal_stride
-        groups = [
-            self._as_frames(self.decode_groups(latents_BFChw[:, f]))
-            for f in range(latents_BFChw.shape[1])
-        ]
-        frames = torch.cat(groups, dim=1).float().clamp(0.0, 1.0)
+    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """A group's frames; of the stream's first latent only the last is one of the video."""
+        groups_GCHW = self.decode_groups(latent_BChw).float().clamp(0.0, 1.0)
+        batch, _, height, width = groups_GCHW.shape
+        frames = groups_GCHW.view(batch, self.temporal_stride, 3, height, width)
         # A host tensor, so reading it never waits for a device.
-        if not bool(state[BEGUN]):
-            frames = frames[:, stride - 1 :]
-        return frames, self.midstream_state()
+        begun = bool(state[BEGUN])
+        return frames if begun else frames[:, -1:], self.midstream_state()
 
     def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents, which need not be decoded for it."""
         nothing = latents_BFChw.shape[1] == 0
         return self.initial_state() if first and nothing else self.midstream_state()
-
-    def _as_frames(self, groups_GCHW: Tensor) -> Tensor:
-        size = groups_GCHW.shape
-        return groups_GCHW.view(size[0], self.shape.temporal_stride, 3, *size[2:])
 
     def _per_channel(self, values_C: Tensor) -> Tensor:
         return values_C[:, None, None]

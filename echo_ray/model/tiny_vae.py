@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.model.codec import Codec, CodecState, check_frames, check_latents
-from echo_ray.model.history import BEGUN, History, begun_flag
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import History
 from echo_ray.preset import TinyVaeShape
 
 TIME_DIM = 1
@@ -111,9 +111,7 @@ class TinyVae(Codec):
     """The small autoencoder with the streaming interface of every codec here."""
 
     def __init__(self, shape: TinyVaeShape, z_dim: int) -> None:
-        super().__init__()
-        self.shape = shape
-        self.z_dim = z_dim
+        super().__init__(z_dim, shape.temporal_stride, shape.spatial_stride)
         self.encoder = encoder_layers(shape.encoder_width, z_dim)
         self.decoder = decoder_layers(shape.decoder_widths, z_dim)
         for name, module in self.named_modules():
@@ -132,14 +130,13 @@ class TinyVae(Codec):
             frames = -(-frames // stride) + BLOCKS_PER_LEVEL
         return frames
 
-    def encode(self, frames_BNCHW: Tensor) -> Tensor:
-        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w].
+    def encode_whole(self, frames_BNCHW: Tensor) -> Tensor:
+        """Latents of a whole video.
 
         As published: the last frame is repeated to a multiple of four, so latent t is made of
         frames 4t to 4t + 3, while the decoder gives frames 4t - 3 to 4t for it.
         """
-        time, space = self.shape.temporal_stride, self.shape.spatial_stride
-        check_frames(frames_BNCHW, time, space)
+        time = self.temporal_stride
         state: CodecState = {}
         latents: list[Tensor] = []
         for group_BTCHW in torch.split(frames_BNCHW, time, dim=1):
@@ -151,32 +148,12 @@ class TinyVae(Codec):
             state = history.after
         return torch.cat(latents, dim=1)
 
-    def initial_state(self) -> CodecState:
-        """State of a stream of which nothing was decoded yet: no block has a past."""
-        return {BEGUN: begun_flag(False)}
-
-    def midstream_state(self) -> CodecState:
-        """State of a stream whose past is unknown: zeros, but every latent is four frames.
-
-        What the zeros do to the next latents has died out after `rebuild_latents` of them.
-        """
-        return {BEGUN: begun_flag(True)}
-
-    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
-        """Frames [B, N, 3, H, W], float32 in [0, 1], of the next latents of a stream.
-
-        Of the stream's first latent only the last of its four frames is one of the video.
-        """
-        check_latents(latents_BFChw, self.z_dim)
-        b, _, _, h, w = latents_BFChw.shape
-        time, space = self.shape.temporal_stride, self.shape.spatial_stride
-        parts = [latents_BFChw.new_zeros(b, 0, 3, space * h, space * w, dtype=torch.float32)]
-        for latent_BTChw in torch.split(latents_BFChw.to(self._dtype), 1, dim=1):
-            history = History.of_stream(state, TIME_DIM)
-            frames = run_layers(self.decoder, latent_BTChw, history).float().clamp(0.0, 1.0)
-            parts.append(frames[:, time - 1 :] if history.first else frames)
-            state = history.state()
-        return torch.cat(parts, dim=1), state
+    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Four frames; of the stream's first latent only the last is one of the video."""
+        history = History.of_stream(state, TIME_DIM)
+        frames = run_layers(self.decoder, latent_BChw[:, None].to(self._dtype), history)
+        frames = frames.float().clamp(0.0, 1.0)
+        return frames[:, -1:] if history.first else frames, history.state()
 
     @property
     def _dtype(self) -> torch.dtype:

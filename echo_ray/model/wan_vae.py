@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.model.codec import Codec, CodecState, check_frames, check_latents
-from echo_ray.model.history import BEGUN, History, begun_flag
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import History
 from echo_ray.model.wan_blocks import (
     CONV_PAST,
     CausalConv,
@@ -95,9 +95,8 @@ class WanVae(Codec):
     """The published autoencoder: normalised latents, explicit state, any float type."""
 
     def __init__(self, shape: WanVaeShape, z_dim: int) -> None:
-        super().__init__()
+        super().__init__(z_dim, shape.temporal_stride, shape.spatial_stride)
         self.shape = shape
-        self.z_dim = z_dim
         self.encoder = WanEncoder(shape, z_dim)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
@@ -121,52 +120,31 @@ class WanVae(Codec):
                 frames = (frames + 1) // 2 + CONV_PAST
         return frames + CONV_PAST * MIDDLE_CONVS + CONV_PAST
 
-    def encode(self, frames_BNCHW: Tensor) -> Tensor:
-        """Whole video in [0, 1], 1 + 4k frames, to normalised latents [B, 1 + k, C, h, w]."""
+    def encode_whole(self, frames_BNCHW: Tensor) -> Tensor:
+        """One frame, then as many as a latent holds, again and again, as a stream."""
         return self._encode(2 * group - 1 for group in self._groups(frames_BNCHW))
 
     def encode_raw(self, pixels_BNCHW: Tensor) -> Tensor:
-        """As `encode`, of pixels in [-1, 1]."""
+        """As `encode_whole`, of pixels in [-1, 1]."""
         return self._encode(self._groups(pixels_BNCHW))
 
-    def initial_state(self) -> CodecState:
-        """State of a stream of which nothing was decoded yet: no convolution has a past."""
-        return {BEGUN: begun_flag(False)}
-
-    def midstream_state(self) -> CodecState:
-        """State of a stream whose past is unknown: zeros, but every latent is four frames.
-
-        What the zeros do to the next latents has died out after `rebuild_latents` of them.
-        """
-        return {BEGUN: begun_flag(True)}
-
-    def decode(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
-        """Frames [B, N, 3, H, W], float32 in [0, 1], of the next latents of a stream."""
-        pixels, state = self.decode_raw(latents_BFChw, state)
+    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """Four frames, or the one of the stream's first latent."""
+        pixels, state = self.decode_raw(latent_BChw, state)
         return pixels.clamp(-1.0, 1.0) / 2 + 0.5, state
 
-    def decode_raw(self, latents_BFChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
-        """As `decode`, but pixels around [-1, 1] as the decoder gives them, in float32."""
-        check_latents(latents_BFChw, self.z_dim)
-        b, _, _, h, w = latents_BFChw.shape
-        stride = self.shape.spatial_stride
-        parts = [latents_BFChw.new_zeros(b, 0, 3, stride * h, stride * w, dtype=torch.float32)]
-        mean_C111, std_C111 = self._mean_and_std(latents_BFChw.device)
-        for latent_BChw in latents_BFChw.unbind(1):
-            raw_BCThw = latent_BChw[:, :, None].float() * std_C111 + mean_C111
-            history = History.of_stream(state, TIME_DIM)
-            pixels = self.decoder.step(self.conv2(raw_BCThw.to(self.conv2.weight.dtype)), history)
-            parts.append(pixels.transpose(1, 2).float())
-            state = history.state()
-        return torch.cat(parts, dim=1), state
+    def decode_raw(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """As `decode_next`, but pixels around [-1, 1] as the decoder gives them, in float32."""
+        mean_C111, std_C111 = self._mean_and_std(latent_BChw.device)
+        raw_BC1hw = latent_BChw[:, :, None].float() * std_C111 + mean_C111
+        history = History.of_stream(state, TIME_DIM)
+        pixels = self.decoder.step(self.conv2(raw_BC1hw.to(self.conv2.weight.dtype)), history)
+        return pixels.transpose(1, 2).float(), history.state()
 
     def _groups(self, frames_BNCHW: Tensor) -> Iterator[Tensor]:
-        """One frame, then as many as a latent holds, again and again."""
-        time, space = self.shape.temporal_stride, self.shape.spatial_stride
-        check_frames(frames_BNCHW, time, space)
         yield frames_BNCHW[:, :1]
         if frames_BNCHW.shape[1] > 1:
-            yield from torch.split(frames_BNCHW[:, 1:], time, dim=1)
+            yield from torch.split(frames_BNCHW[:, 1:], self.temporal_stride, dim=1)
 
     def _encode(self, groups_BTCHW: Iterator[Tensor]) -> Tensor:
         state: CodecState = {}
@@ -175,7 +153,7 @@ class WanVae(Codec):
             history = History(state, first=index == 0, time_dim=TIME_DIM)
             pixels_BCTHW = group_BTCHW.transpose(1, 2).to(self.conv1.weight.dtype)
             moments = self.conv1(self.encoder.step(pixels_BCTHW, history))
-            latents.append(moments[:, : self.z_dim])
+            latents.append(moments[:, : self.channels])
             state = history.after
         raw_BCFhw = torch.cat(latents, dim=2)
         mean_C111, std_C111 = self._mean_and_std(raw_BCFhw.device)

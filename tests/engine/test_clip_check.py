@@ -8,23 +8,13 @@ import time
 from collections.abc import Callable
 
 import pytest
-from uploads import memory_bomb, mp4
+from uploads import SHAPE, memory_bomb, mp4
 
 from echo_ray.config import LimitsSection
 from echo_ray.engine import clip_check
 from echo_ray.engine.clip_check import ClipChecker
 from echo_ray.errors import ClipInvalid, ClipTooLarge
-from echo_ray.session.engine_port import StreamShape
 
-SHAPE = StreamShape(
-    model="m",
-    fps=16,
-    width=64,
-    height=64,
-    frames_per_chunk=12,
-    first_chunk_frames=9,
-    point_every=4,
-)
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import cast
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uploads import BLUE, GREEN, RED, Picture, moving_square, mp4, sound, still
+from uploads import BLUE, GREEN, RED, SHAPE, Picture, moving_square, mp4, sound, still
 
 from echo_ray.config import LimitsSection
 from echo_ray.engine import upload
@@ -21,15 +22,6 @@ from echo_ray.engine.upload import MAX_RATE, count_frames, read_clip, read_taken
 from echo_ray.errors import ClipInvalid, ClipTooLarge
 from echo_ray.session.engine_port import StreamShape
 
-SHAPE = StreamShape(
-    model="m",
-    fps=16,
-    width=64,
-    height=64,
-    frames_per_chunk=12,
-    first_chunk_frames=9,
-    point_every=4,
-)
 LIMITS = LimitsSection()
 FRAGMENTED = "frag_keyframe+empty_moov+default_base_moof"
 
@@ -37,15 +29,7 @@ FRAGMENTED = "frag_keyframe+empty_moov+default_base_moof"
 def frames(
     data: bytes, *, width: int = 64, height: int = 64, limits: LimitsSection = LIMITS
 ) -> Picture:
-    shape = StreamShape(
-        model="m",
-        fps=16,
-        width=width,
-        height=height,
-        frames_per_chunk=12,
-        first_chunk_frames=9,
-        point_every=4,
-    )
+    shape = replace(SHAPE, width=width, height=height)
     clip = read_clip(data, shape, limits)
     assert read_clip(data, shape, limits) == clip
     read: Picture = np.frombuffer(clip, np.uint8).reshape(-1, height, width, 3)

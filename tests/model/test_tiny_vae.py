@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as fn
 
-from echo_ray.errors import InvalidRequestError, WeightsError
+from echo_ray.errors import WeightsError
 from echo_ray.model.codec import CodecState
 from echo_ray.model.state_dict import load_strict
 from echo_ray.model.tiny_vae import MemoryBlock, TinyVae
@@ -144,18 +144,6 @@ def test_streaming_equals_the_whole_video_at_once() -> None:
         assert float(whole.std()) > 0.005
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (3, 2), (2, 2, 1), (1, 4)])
-def test_cutting_a_stream_into_calls_changes_no_bit(sizes: tuple[int, ...]) -> None:
-    codec = vae()
-    whole, end = codec.decode(latents(5), codec.initial_state())
-    state, parts = codec.initial_state(), []
-    for part in latents(5).split(list(sizes), dim=1):
-        frames, state = codec.decode(part, state)
-        parts.append(frames)
-    assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert same(state, end)
-
-
 def test_frames_are_clamped() -> None:
     codec = vae()
     codec.decoder[22].weight *= 1000
@@ -173,31 +161,6 @@ def test_the_state_holds_one_frame_of_each_memory_block_and_no_more() -> None:
         assert state[key].shape[:2] == (1, 1)
         assert state[key].untyped_storage().nbytes() == state[key].nbytes
     assert state["decoder.17"].shape == (1, 1, 8, 8, 12)
-
-
-def test_decoding_does_not_change_the_state_it_was_given() -> None:
-    codec = vae()
-    _, state = codec.decode(latents(3), codec.initial_state())
-    before = {k: v.clone() for k, v in state.items()}
-    frames, _ = codec.decode(latents(2, seed=1), state)
-    assert same(state, before)
-    assert torch.equal(codec.decode(latents(2, seed=1), state)[0], frames)
-
-
-def test_no_latents_are_no_frames_and_leave_the_state() -> None:
-    codec = vae()
-    _, state = codec.decode(latents(2), codec.initial_state())
-    frames, after = codec.decode(latents(1)[:, :0], state)
-    assert frames.shape == (1, 0, 3, 16, 24)
-    assert same(after, state)
-
-
-def test_latents_of_other_channels_are_refused() -> None:
-    codec = vae()
-    with pytest.raises(InvalidRequestError, match=r"\(1, 2, 5, 2, 3\) cannot be decoded.*4, h"):
-        codec.decode(torch.zeros(1, 2, 5, 2, 3), codec.initial_state())
-    with pytest.raises(InvalidRequestError, match=r"\(2, 4, 2, 3\) cannot be decoded"):
-        codec.decode(torch.zeros(2, 4, 2, 3), codec.initial_state())
 
 
 def test_bfloat16_decodes_and_encodes_close_to_float32() -> None:
@@ -245,14 +208,6 @@ def test_a_broken_latent_is_gone_from_the_state_after_exactly_so_many() -> None:
     assert not any(v.isnan().any() for v in state.values())
 
 
-def test_a_young_stream_is_rebuilt_from_all_its_latents() -> None:
-    codec, nothing = vae(), latents(1)[:, :0]
-    _, state = codec.decode(latents(4), codec.initial_state())
-    assert same(codec.rebuild(latents(4), first=True), state)
-    assert codec.decode(latents(1), codec.rebuild(nothing, first=True))[0].shape[1] == 1
-    assert codec.decode(latents(1), codec.rebuild(nothing, first=False))[0].shape[1] == 4
-
-
 @pytest.mark.parametrize("groups", [0, 1, 3])
 def test_encoding_in_groups_equals_the_whole_video_at_once(groups: int) -> None:
     codec, frames = vae(), video(1 + 4 * groups)
@@ -260,16 +215,3 @@ def test_encoding_in_groups_equals_the_whole_video_at_once(groups: int) -> None:
     assert encoded.shape == (1, 1 + groups, 4, 2, 3)
     whole = encode_whole(weights_of(codec), frames[0])
     assert torch.allclose(encoded[0], whole, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("count", [0, 2, 4, 7])
-def test_a_frame_count_that_makes_no_whole_latents_is_refused(count: int) -> None:
-    remedy = max(0, count - 1) // 4 * 4 + 1
-    refused = f"{count} frames cannot be encoded: needs 1 . a multiple of 4; give {remedy}"
-    with pytest.raises(InvalidRequestError, match=refused):
-        vae().encode(torch.zeros(1, count, 3, 16, 24))
-
-
-def test_a_picture_size_that_makes_no_whole_latents_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match=r"20 x 16 cannot be encoded.*multiples of 8"):
-        vae().encode(torch.zeros(1, 5, 3, 16, 20))
