@@ -1,0 +1,127 @@
+"""Consolidation: what does the rebuild of the window at a point cost?
+
+The same cases with the preset's points and with none, everything else equal. Up to the first point
+both must be the same bits; the chunk after it is compared by PSNR, what follows by whether the
+prompt holds.
+"""
+
+from __future__ import annotations
+
+import math
+
+from echo_ray.engine.frames import pixels
+from echo_ray.errors import ConfigError, EngineError
+from echo_ray.evaluation.cases import caption, draw_scene
+from echo_ray.evaluation.chart import Bars, Line, Lines
+from echo_ray.evaluation.following import Answer
+from echo_ray.evaluation.report import Figure, Report, rate_bar
+from echo_ray.evaluation.rollout import Plan, case_rng, counted, read, roll, session_seed, vote
+from echo_ray.evaluation.statistics import Rate, Spread, mean, psnr_db, squared_error
+from echo_ray.evaluation.subject import Subject
+from echo_ray.session.chunk import Chunk
+
+WITH, WITHOUT = "with points", "without"
+PERIODS = 2
+"""How many points each case passes."""
+CHARTED = ("background", "colour", "shape", "both colours")
+LOSSLESS_DB = 99.0
+"""What stands for an infinite PSNR in means and charts."""
+
+
+def measure(subject: Subject, plan: Plan) -> Report:
+    """Run each case twice. Raises `ConfigError` for a model that is never consolidated."""
+    every = subject.preset.cache.point_every
+    if not every:
+        raise ConfigError(
+            f"preset {subject.preset.name} has cache.point_every = 0: there is nothing to compare",
+            param="model.preset",
+        )
+    engines = {WITH: subject.engine(), WITHOUT: subject.engine(point_every=0)}
+    total = every * PERIODS + 4
+    answers: dict[str, list[dict[str, bool]]] = {WITH: [], WITHOUT: []}
+    seams, curves, records = [], [], []
+    for index in counted("consolidation", range(plan.cases), plan.cases):
+        rng = case_rng("consolidation", plan.seed, index)
+        scene = draw_scene(rng, 1 + index % 2)
+        prompt, seed = caption(scene), session_seed(rng)
+        runs = {
+            name: list(roll(engine, {0: prompt}, seed, total)) for name, engine in engines.items()
+        }
+        gaps = [_psnr(a, b) for a, b in zip(runs[WITH], runs[WITHOUT], strict=True)]
+        if min(gaps[:every]) < LOSSLESS_DB:
+            raise EngineError(f"case {index}: chunks differ before the first point, at {every}")
+        verdicts = {
+            name: Answer(scene, prompt, False, vote(read(chunks[-3:]))).verdicts
+            for name, chunks in runs.items()
+        }
+        for name, found in verdicts.items():
+            answers[name].append(found)
+        seams.append(gaps[every])
+        curves.append(gaps)
+        records.append({"prompt": prompt, "psnr_db": gaps, "verdicts": verdicts})
+    return Report(
+        what="consolidation",
+        title="What consolidation costs",
+        figures=_figures(answers, seams),
+        cases=records,
+        panels=[
+            Lines(
+                "PSNR against the run without points",
+                [Line("mean of the cases", _points(curves))],
+                "chunk",
+                bottom=0.0,
+                top=100.0,
+            ),
+            _bars(answers),
+        ],
+        notes=[
+            f"Points every {every} chunks; read after {PERIODS} of them. {LOSSLESS_DB:.0f} dB "
+            "stands for equal frames."
+        ],
+    )
+
+
+def _psnr(first: Chunk, second: Chunk) -> float:
+    """Between two chunks, in dB, at most `LOSSLESS_DB`."""
+    return min(LOSSLESS_DB, psnr_db(squared_error(pixels(first), pixels(second))))
+
+
+def _points(curves: list[list[float]]) -> list[tuple[float, float]]:
+    return [(float(n), mean(column)) for n, column in enumerate(zip(*curves, strict=True))]
+
+
+def _rates(answers: list[dict[str, bool]]) -> dict[str, Rate]:
+    names = list(dict.fromkeys(name for a in answers for name in a))
+    return {name: Rate.of(a[name] for a in answers if name in a) for name in names}
+
+
+def _figures(
+    answers: dict[str, list[dict[str, bool]]], seams: list[float]
+) -> dict[str, dict[str, Figure]]:
+    on, off = _rates(answers[WITH]), _rates(answers[WITHOUT])
+    changes: dict[str, Figure] = {
+        name: 100 * (on[name].value - off[name].value)
+        for name in on
+        if name in off and math.isfinite(on[name].value - off[name].value)
+    }
+    return {
+        "the chunk after the first point": {
+            "PSNR against none, dB": Spread.of(seams),
+            "worst, dB": min(seams),
+        },
+        WITH: dict(on),
+        WITHOUT: dict(off),
+        "points lost or won": changes,
+    }
+
+
+def _bars(answers: dict[str, list[dict[str, bool]]]) -> Bars:
+    """Both runs side by side, what matters most of it."""
+    on, off = _rates(answers[WITH]), _rates(answers[WITHOUT])
+    bars = [
+        bar
+        for name in CHARTED
+        if name in on
+        for bar in (rate_bar(name, on[name]), rate_bar("", off[name], 1))
+    ]
+    return Bars("Following", bars, legend=(WITH, WITHOUT))

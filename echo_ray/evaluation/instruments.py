@@ -1,0 +1,96 @@
+"""Every instrument by the name that the command line gives it."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo_ray.errors import InvalidRequestError
+from echo_ray.evaluation import (
+    codec,
+    consolidation,
+    drift,
+    external,
+    following,
+    motion,
+    recall,
+    speed,
+    switching,
+    wording,
+)
+from echo_ray.evaluation.report import Origin, Report, claim, write
+from echo_ray.evaluation.rollout import Plan
+from echo_ray.evaluation.subject import Subject, check_world
+
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """One measurement; `cases` is how many it takes unless told otherwise."""
+
+    measure: Callable[[Subject, Plan], Report]
+    cases: int
+    help: str
+    any_world: bool = False
+    """Whether it can measure models that the detector cannot read."""
+
+
+INSTRUMENTS: Mapping[str, Instrument] = {
+    "following": Instrument(following.measure, 96, "does the video show what the prompt says"),
+    "switching": Instrument(switching.measure, 64, "chunks until a new prompt holds"),
+    "recall": Instrument(recall.measure, 48, "does a hidden object come back as it was"),
+    "drift": Instrument(drift.measure, 2, "does a long stream stay what it was"),
+    "consolidation": Instrument(consolidation.measure, 48, "what rebuilding the window costs"),
+    "motion": Instrument(motion.measure, 64, "do objects move as in the true world"),
+    "wording": Instrument(wording.measure, 48, "the same scenes in other words"),
+    "speed": Instrument(speed.measure, 4, "frames a second, by stage", any_world=True),
+    "codec": Instrument(codec.measure, 48, "held-out clips through the codec and back"),
+    "external": Instrument(
+        external.measure, 16, "metrics of other projects, if installed", any_world=True
+    ),
+}
+
+
+def chosen(what: str) -> list[str]:
+    """The instruments of a name: one, or all but those of other projects.
+
+    Raises `InvalidRequestError`.
+    """
+    if what == ALL:
+        return [name for name in INSTRUMENTS if name != "external"]
+    if what in INSTRUMENTS:
+        return [what]
+    near = difflib.get_close_matches(what, [*INSTRUMENTS, ALL], n=1)
+    known = ", ".join([*INSTRUMENTS, ALL])
+    hint = f"did you mean {near[0]}?" if near else f"known: {known}"
+    raise InvalidRequestError(f"evaluate {what!r} is unknown ({hint})", param="what")
+
+
+def run(
+    name: str, subject: Subject, plan: Plan, out: Path, command: Sequence[str]
+) -> tuple[Report, tuple[Path, Path]]:
+    """Measure, then write the JSON and the picture; the report and both files.
+
+    Raises `ConfigError` for a model that this instrument cannot measure, and
+    `InvalidRequestError`, before anything is measured, for a folder that takes no file.
+    """
+    instrument = INSTRUMENTS[name]
+    if not instrument.any_world:
+        check_world(subject.preset, name)
+    claim(out)
+    begun = time.perf_counter()
+    report = instrument.measure(subject, plan)
+    origin = Origin(
+        preset=subject.preset.name,
+        fingerprint=subject.engine().fingerprint,
+        command=shlex.join(command),
+        cases=plan.cases,
+        seed=plan.seed,
+        seconds=time.perf_counter() - begun,
+    )
+    return report, write(report, origin, out)
