@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from echo_ray.scenes.captions import write_captions
-from echo_ray.scenes.scripts import Script, animate, chunk_of_frames, write_script
+from echo_ray.scenes.motion import animate, as_seen
+from echo_ray.scenes.scripts import Script, chunk_of_frames, write_script
 from echo_ray.scenes.world import Frames
+
+EDITION = 2
+"""Another number means that the same seed gives another clip: part of what names stored clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +24,17 @@ class Clip:
     captions: tuple[str, ...]
 
 
-def make_clip(rng: np.random.Generator, chunks: int, size: int, first: int, later: int) -> Clip:
-    """Draw up one clip; rendering it is the caller's."""
-    script = write_script(rng, chunks)
-    frames = animate(rng, script, size, chunk_of_frames(chunks, first, later))
+def make_clip(
+    rng: np.random.Generator,
+    chunks: int,
+    size: int,
+    first: int,
+    later: int,
+    kind: str | None = None,
+) -> Clip:
+    """Draw up one clip, of any kind or of the given one; rendering it is the caller's."""
+    chunk_T = chunk_of_frames(chunks, first, later)
+    script = write_script(rng, chunks, kind)
+    frames = animate(rng, script, size, chunk_T)
+    script = as_seen(script, frames, size, chunk_T)
     return Clip(script=script, frames=frames, captions=write_captions(rng, script))

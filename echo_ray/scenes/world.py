@@ -53,12 +53,17 @@ class Frames:
     visible_TO: Bools
 
 
+def fold(place: Floats, low: Floats, high: Floats) -> Floats:
+    """Where a straight way ends that is reflected at two walls whenever it meets one."""
+    span = high - low
+    phase = np.mod(place - low, 2 * span)
+    return np.asarray(low + span - np.abs(phase - span), dtype=np.float32)
+
+
 def bounce(start: Floats, step: Floats, frames: int, low: Floats, high: Floats) -> Floats:
     """Positions [frames, ...] of a constant speed reflected between two walls."""
     time = np.arange(frames, dtype=np.float32).reshape(-1, *([1] * start.ndim))
-    span = high - low
-    phase = np.mod(start - low + step * time, 2 * span)
-    return np.asarray(low + span - np.abs(phase - span), dtype=np.float32)
+    return fold(start + step * time, low, high)
 
 
 def coverage(shape: int, dx: Floats, dy: Floats, radius: Floats) -> Floats:

@@ -1,13 +1,10 @@
-"""Shapes are where they should be, and captions say what is to be seen."""
+"""Shapes are where they should be and look as they are called."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from echo_ray.model.words import read_prompt
-from echo_ray.scenes.clips import make_clip
-from echo_ray.scenes.scripts import chunk_of_frames
 from echo_ray.scenes.world import (
     BACKGROUND_RGB,
     BACKGROUNDS,
@@ -17,6 +14,7 @@ from echo_ray.scenes.world import (
     Frames,
     bounce,
     coverage,
+    fold,
     random_groups,
     render,
 )
@@ -87,48 +85,14 @@ def test_random_groups_stay_inside_and_repeat_by_seed() -> None:
     assert a.background_T.reshape(32, 4).std(axis=1).max() == 0
 
 
-def test_frames_belong_to_chunks() -> None:
-    assert chunk_of_frames(3, 9, 12).tolist() == [0] * 9 + [1] * 12 + [2] * 12
+def test_random_objects_of_every_shape_and_number_are_drawn() -> None:
+    frames = random_groups(np.random.default_rng(5), 200, 4, 64)
+    assert set(frames.shape_TO.ravel()) == set(range(len(SHAPES)))
+    assert set(frames.visible_TO.sum(axis=1)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_clip_shows_what_its_captions_say(seed: int) -> None:
-    clip = make_clip(np.random.default_rng(seed), 10, 64, 9, 12)
-    script, frames = clip.script, clip.frames
-    assert len(clip.captions) == 10
-    assert frames.x_TO.shape[0] == 9 + 9 * 12
-    chunk = chunk_of_frames(10, 9, 12)
-    for k, caption in enumerate(clip.captions):
-        words = caption.split()
-        assert not read_prompt(caption)[2], "captions use known words only"
-        assert ("empty" in words) == (not script.visible_KO[k].any())
-        if "background" in words:
-            named = words[words.index("background") - 1]
-            assert named == list(BACKGROUNDS)[script.background_K[k]]
-            assert (frames.background_T[chunk == k] == script.background_K[k]).all()
-        for shape in SHAPES:
-            said = words.count(shape)
-            assert said in (0, int((script.shape_KO[k] == SHAPES.index(shape)).sum()))
-
-
-def test_what_changes_is_always_said() -> None:
-    for seed in range(60):
-        clip = make_clip(np.random.default_rng(seed), 10, 64, 9, 12)
-        colours = clip.script.colour_KO
-        if (colours != colours[0]).any():
-            for k, caption in enumerate(clip.captions):
-                assert all(list(COLOURS)[c] in caption.split() for c in colours[k])
-
-
-def test_it_comes_back_is_said_only_after_it_left() -> None:
-    returns = 0
-    for seed in range(80):
-        clip = make_clip(np.random.default_rng(seed), 10, 64, 9, 12)
-        for k, caption in enumerate(clip.captions):
-            if "comes back" in caption:
-                returns += 1
-                before = clip.script.visible_KO[:k, 0]
-                shown = np.flatnonzero(before)
-                assert shown.size
-                assert not before[shown[0] :].all()
-    assert returns
+def test_a_straight_way_is_folded_at_the_walls() -> None:
+    low, high, places = (
+        np.array(values, dtype=np.float32) for values in ([10], [20], [12, 22, 31, 8, -3])
+    )
+    assert fold(places, low, high).tolist() == [12, 18, 11, 12, 17]
