@@ -93,8 +93,7 @@ def draw(title: str, subtitle: str, panels: Sequence[Panel]) -> bytes:
         else:
             _lines(inside, panel)
     out = io.BytesIO()
-    small = image.resize((size[0] // SCALE, size[1] // SCALE), Image.Resampling.LANCZOS)
-    small.save(out, "PNG", optimize=True)
+    image.reduce(SCALE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 

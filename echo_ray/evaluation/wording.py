@@ -40,7 +40,7 @@ OPENINGS = (
 )  # fmt: skip
 ASIDES = ("wonderful", "cool", "shiny", "lonely", "cheerful")
 ENDINGS = (
-    "dancing happily in the afternoon", "as if it had all the time", "for my little sister",
+    "dancing happily in the afternoon", "as if it had all the time", "for my sister",
     "thank you very much",
 )  # fmt: skip
 
