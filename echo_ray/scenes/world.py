@@ -81,24 +81,45 @@ def coverage(shape: int, dx: Floats, dy: Floats, radius: Floats) -> Floats:
 def render(frames: Frames, height: int, width: int) -> tuple[Floats, Floats]:
     """Pixels [T, 3, H, W] in [0, 1] and the share of each that objects cover [T, H, W]."""
     total, objects = frames.x_TO.shape
-    ys = np.arange(height, dtype=np.float32)[None, :, None] + 0.5
-    xs = np.arange(width, dtype=np.float32)[None, None, :] + 0.5
-    picture = np.broadcast_to(
-        BACKGROUND_RGB[frames.background_T][:, :, None, None], (total, 3, height, width)
-    ).copy()
+    picture = np.empty((total, 3, height, width), dtype=np.float32)
+    picture[:] = BACKGROUND_RGB[frames.background_T][:, :, None, None]
     covered = np.zeros((total, height, width), dtype=np.float32)
     for o in range(objects):
         for shape in range(len(SHAPES)):
             rows = np.flatnonzero(frames.visible_TO[:, o] & (frames.shape_TO[:, o] == shape))
-            if not rows.size:
-                continue
-            dx = xs - frames.x_TO[rows, o][:, None, None]
-            dy = ys - frames.y_TO[rows, o][:, None, None]
-            alpha = coverage(shape, dx, dy, frames.radius_TO[rows, o][:, None, None])
-            rgb = COLOUR_RGB[frames.colour_TO[rows, o]][:, :, None, None]
-            picture[rows] += alpha[:, None] * (rgb - picture[rows])
-            covered[rows] = np.maximum(covered[rows], alpha)
+            if rows.size:
+                _draw(frames, rows, o, picture, covered)
     return picture, covered
+
+
+def _draw(frames: Frames, rows: Ints, o: int, picture: Floats, covered: Floats) -> None:
+    """Draw one object into the frames `rows`, in all of which it has the same shape.
+
+    Only a window round the object is touched. It is moved to lie inside of the frame, and then
+    still holds everything of the object that is to be seen.
+    """
+    x, y, radius = (v[rows, o, None] for v in (frames.x_TO, frames.y_TO, frames.radius_TO))
+    side = 2 * int(np.ceil(radius.max())) + 3
+    xs, ys = (
+        _window(at, side, length) for at, length in ((x, picture.shape[3]), (y, picture.shape[2]))
+    )
+    dx = (xs.astype(np.float32) + 0.5 - x)[:, None, :]
+    dy = (ys.astype(np.float32) + 0.5 - y)[:, :, None]
+    alpha = coverage(int(frames.shape_TO[rows[0], o]), dx, dy, radius[:, :, None])
+    rgb = COLOUR_RGB[frames.colour_TO[rows, o]]
+    where = rows[:, None, None], ys[:, :, None], xs[:, None, :]
+    for channel in range(3):
+        plane = picture[:, channel]
+        old = plane[where]
+        plane[where] = old + alpha * (rgb[:, channel, None, None] - old)
+    covered[where] = np.maximum(covered[where], alpha)
+
+
+def _window(middle: Floats, side: int, length: int) -> Ints:
+    """Pixels [N, side] of a side of a window round each middle, inside of the frame."""
+    side = min(side, length)
+    begin = np.clip(np.floor(middle).astype(np.int64) - side // 2, 0, length - side)
+    return np.asarray(begin + np.arange(side))
 
 
 def random_groups(rng: np.random.Generator, groups: int, stride: int, size: int) -> Frames:
