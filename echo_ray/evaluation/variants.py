@@ -16,6 +16,7 @@ from echo_ray.errors import ConfigError
 from echo_ray.model.attention import KVCall
 from echo_ray.model.dit import DiT, PromptKV, TimeCondition
 from echo_ray.model.memory import MemoryEncoder
+from echo_ray.model.state_dict import load_strict
 from echo_ray.preset import Preset
 from echo_ray.weights.modules import Modules
 
@@ -79,7 +80,7 @@ def apply(preset: Preset, modules: Modules, variant: Variant) -> tuple[Preset, M
     if variant is Variant.FROZEN:
         with torch.device("meta"):
             frozen = FrozenMemory(preset.dit, preset.cache.memory)
-        frozen.load_state_dict(modules.memory.state_dict(), assign=True)
+        load_strict(frozen, modules.memory.state_dict(), "memory")
         memory = frozen.eval().requires_grad_(requires_grad=False)
         return preset, replace(modules, memory=memory, digest=digest)
     preset = replace(preset, cache=replace(preset.cache, memory=None))
@@ -92,6 +93,6 @@ def apply(preset: Preset, modules: Modules, variant: Variant) -> tuple[Preset, M
 def _sinkless(preset: Preset, dit: DiT) -> DiT:
     with torch.device("meta"):
         blind = SinklessDiT(preset.dit)
-    blind.load_state_dict(dit.state_dict(), assign=True)
+    load_strict(blind, dit.state_dict(), "dit")
     blind.sink_tokens = preset.cache.sink_frames * preset.dit.tokens_per_frame
     return blind.eval().requires_grad_(requires_grad=False)

@@ -1,0 +1,57 @@
+"""`echo-ray evaluate`: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from echo_ray import __version__
+from echo_ray.cli import main
+
+
+def test_it_measures_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["evaluate", "codec", "--cases", "2", "--seed", "7", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Codec round trip" in printed
+    assert f"{out / 'codec.json'}  {out / 'codec.png'}" in printed
+    body = json.loads((out / "codec.json").read_text())
+    assert body["model"]["preset"] == "echo-tiny"
+    assert body["versions"]["echo_ray"] == __version__
+    assert body["command"].startswith("echo-ray evaluate codec --cases 2 --chunks 400 --seed 7")
+    assert body["figures"]["true frames"]["colour"]["value"] == 1.0
+    assert body["figures"]["PSNR, dB"]["of the mean error"] > 25
+    assert len(body["cases"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["recal"], "evaluate 'recal' is unknown (did you mean recall?)"),
+        (["recall", "--cases", "0"], "--cases 0: give 1 to 1000000"),
+        (["drift", "--chunks", "0"], "--chunks 0: give 1"),
+        (["recall", "--seed", "-1"], "--seed -1: give 0"),
+        (["recall", "--set", "model.preset=echo-infinity-1.3b"], "there is no detector for"),
+        (["all", "--set", "model.preset=echo-infinity-1.3b"], "there is no detector for"),
+        (["speed", "--set", "model.preset=nothing"], "model 'nothing' is unknown"),
+        (["recall", "--set", "model.weights=/nowhere"], "/nowhere"),
+        (["recall", "--set", "model.presets=x"], "did you mean preset?"),
+        (["recall", "--out", "FILE"], "cannot be written"),
+        (["recall", "--out", "FILE/inside"], "cannot be written"),
+    ],
+)
+def test_it_refuses(
+    words: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    assert main(["evaluate", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert reason in err
