@@ -18,8 +18,10 @@ WINDOW = 44
 """Side of the window: the largest shape, half of it outside of the frame, and room to move."""
 EDGES = (5.0, 3.0, 2.0, 1.0, 1.0)
 """Width of the edge in each step of the fit; wide ones first, which see farther."""
-PROBE = 0.25
-"""Pixels that a parameter is moved by to measure what it does."""
+WAYS: Floats = np.arange(WINDOW, dtype=np.float32) + np.float32(0.5 - WINDOW // 2)
+"""Distances of the window's pixels from its middle."""
+SOFT_EDGE = 4.0
+"""A blurred object is compared with shapes whose edges are so wide; a sharp one with sharp ones."""
 LONGEST_MOVE = 4.0
 SMALLEST, LARGEST = 5.0, 17.0
 AREA = np.array((3.1416, 3.0976, 1.7113), dtype=np.float32)
@@ -55,12 +57,11 @@ def fit_shapes(mask_NHW: Floats, known_NHW: Floats, x_N: Ints, y_N: Ints) -> Fit
     height, width = mask_NHW.shape[1:]
     mask_NSS = _windows(mask_NHW, x_N, y_N)
     weight_NSS = _windows(known_NHW, x_N, y_N)
-    ways = np.arange(WINDOW, dtype=np.float32) + 0.5 - WINDOW // 2
     shapes = len(SHAPES)
     # The window's middle is (0, 0) until the end.
     mass = (mask_NSS * weight_NSS).sum(axis=(1, 2)) + 1e-3
-    middle_x = ((mask_NSS * weight_NSS).sum(axis=1) @ ways) / mass
-    middle_y = ((mask_NSS * weight_NSS).sum(axis=2) @ ways) / mass
+    middle_x = ((mask_NSS * weight_NSS).sum(axis=1) @ WAYS) / mass
+    middle_y = ((mask_NSS * weight_NSS).sum(axis=2) @ WAYS) / mass
     radius_NK = np.clip(np.sqrt(mass[:, None] / AREA), *_table_range())
     place = np.stack(
         [
@@ -73,13 +74,13 @@ def fit_shapes(mask_NHW: Floats, known_NHW: Floats, x_N: Ints, y_N: Ints) -> Fit
     inside_NK = np.empty_like(overlap_NK)
     for k in range(shapes):
         place[:, :, k] = _descend(k, place[:, :, k], mask_NSS, weight_NSS)
-        cover = _cover(k, place[:, :, k], 1.0)
-        shared = (np.minimum(cover, mask_NSS) * weight_NSS).sum(axis=(1, 2))
-        united = (np.maximum(cover, mask_NSS) * weight_NSS).sum(axis=(1, 2))
-        overlap_NK[:, k] = shared / (united + 1e-3)
+        sharp, soft = (_cover(k, place[:, :, k], edge) for edge in (1.0, SOFT_EDGE))
+        overlap_NK[:, k] = np.maximum(
+            _overlap(sharp, mask_NSS, weight_NSS), _overlap(soft, mask_NSS, weight_NSS)
+        )
         in_frame = _in_frame(x_N, width)[:, None, :] & _in_frame(y_N, height)[:, :, None]
         area = AREA[k] * place[2, :, k] ** 2
-        inside_NK[:, k] = np.clip((cover * in_frame).sum(axis=(1, 2)) / area, 0, 1)
+        inside_NK[:, k] = np.clip((sharp * in_frame).sum(axis=(1, 2)) / area, 0, 1)
     return Fits(
         x_NK=place[0] + x_N[:, None],
         y_NK=place[1] + y_N[:, None],
@@ -130,25 +131,32 @@ def _cover(shape: int, place: Floats, edge: float) -> Floats:
     return coverage(shape, ways[None, None, :] - x, ways[None, :, None] - y, radius)
 
 
+def _overlap(cover_NSS: Floats, mask_NSS: Floats, weight_NSS: Floats) -> Floats:
+    shared = (np.minimum(cover_NSS, mask_NSS) * weight_NSS).sum(axis=(1, 2))
+    united = (np.maximum(cover_NSS, mask_NSS) * weight_NSS).sum(axis=(1, 2))
+    return np.asarray(shared / (united + 1e-3))
+
+
 def _descend(shape: int, place: Floats, mask_NSS: Floats, weight_NSS: Floats) -> Floats:
     """Gauss-Newton steps from `place` [3, N] towards the least squared error."""
-    rows = len(mask_NSS)
-    weight = weight_NSS.reshape(rows, 1, -1)
+    rows, pixels = len(mask_NSS), WINDOW * WINDOW
+    damping = np.eye(3, dtype=np.float32)
+    slopes = np.zeros((rows, 3, WINDOW, WINDOW), dtype=np.float32)
     for edge in EDGES:
         cover = _cover(shape, place, edge)
-        slopes = np.stack(
-            [_cover(shape, _moved(place, axis), edge) - cover for axis in range(3)], axis=1
-        ).reshape(rows, 3, -1) / np.float32(PROBE)
-        error = (mask_NSS - cover).reshape(rows, -1, 1)
-        weighted = slopes * weight
-        normal = weighted @ slopes.swapaxes(1, 2) + np.eye(3, dtype=np.float32)
+        x, y, radius = place[:, :, None, None]
+        # A shape that moves by a pixel looks like its neighbour pixels; one that grows moves
+        # outwards, the more the farther from its centre.
+        slopes[:, 0, :, 1:-1] = (cover[:, :, :-2] - cover[:, :, 2:]) / 2
+        slopes[:, 1, 1:-1] = (cover[:, :-2] - cover[:, 2:]) / 2
+        slopes[:, 2] = (
+            slopes[:, 0] * (WAYS[None, None, :] - x) + slopes[:, 1] * (WAYS[None, :, None] - y)
+        ) / radius
+        error = (mask_NSS - cover).reshape(rows, pixels, 1)
+        flat = slopes.reshape(rows, 3, pixels)
+        weighted = flat * weight_NSS.reshape(rows, 1, pixels)
+        normal = weighted @ flat.swapaxes(1, 2) + damping
         move = np.linalg.solve(normal, weighted @ error)[:, :, 0].T
         place = place + np.clip(move, -LONGEST_MOVE, LONGEST_MOVE)
         place[2] = np.clip(place[2], SMALLEST, LARGEST)
     return np.asarray(place, dtype=np.float32)
-
-
-def _moved(place: Floats, axis: int) -> Floats:
-    out = place.copy()
-    out[axis] += np.float32(PROBE)
-    return out
