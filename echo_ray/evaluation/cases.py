@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from echo_ray.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    RADII,
-    SHAPES,
-    SPEEDS,
-    Frames,
-    bounce,
-    render,
-)
+from echo_ray.scenes.motion import animate
+from echo_ray.scenes.scripts import Script, chunk_of_frames
+from echo_ray.scenes.world import BACKGROUNDS, COLOURS, RADII, SHAPES, SPEEDS, Frames, render
 from echo_ray.session.engine_port import StreamShape
 
 COLOUR_NAMES = tuple(COLOURS)
@@ -38,6 +31,12 @@ class Thing:
     shape: str
     size: str
     speed: str
+
+
+NOBODY = Thing(
+    colour=COLOUR_NAMES[0], shape=SHAPE_NAMES[0], size=SIZE_NAMES[0], speed=SPEED_NAMES[0]
+)
+"""Who is never to be seen in scripts of empty scenes, which need an object too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +81,7 @@ def behind(background: str) -> str:
 def caption(scene: Scene, *, colour: bool = True, size: bool = False, speed: bool = False) -> str:
     """The template's caption of a scene, with the attributes that are to be named."""
     if not scene.things:
-        return f"empty {scene.background} background"
+        return f"an empty {scene.background} background"
     subjects = []
     for thing in scene.things:
         words = ["a", thing.size if size else "", thing.colour if colour else "", thing.shape]
@@ -96,38 +95,27 @@ def return_caption(scene: Scene) -> str:
     return f"it comes back {behind(scene.background)}"
 
 
-def track(
-    rng: np.random.Generator, scenes: Sequence[Scene], frames_each: Sequence[int], size: int
-) -> Frames:
-    """Frames of scenes one after the other; objects keep their paths, seen or not.
+def as_script(scenes: Sequence[Scene]) -> Script:
+    """A chunk of each scene; objects go on moving while they are not to be seen.
 
-    Scenes have the same number of objects, or none.
+    Scenes have the same number of objects, or none, and objects keep their size and speed.
     """
-    fullest = max(scenes, key=lambda s: len(s.things)).things
-    radius = np.array([RADII[t.size] for t in fullest], dtype=np.float32)
-    speed = np.array([SPEEDS[t.speed] for t in fullest], dtype=np.float32)
-    angle = rng.uniform(0, 2 * np.pi, radius.shape)
-    total = int(sum(frames_each))
-    paths = []
-    for turn in (np.cos(angle), np.sin(angle)):
-        start = rng.uniform(radius, size - radius).astype(np.float32)
-        step = (speed * turn).astype(np.float32)
-        paths.append(bounce(start, step, total, radius, size - radius))
-
-    def each_frame(rows: list[list[int]]) -> NDArray[np.int64]:
-        table = np.array(rows, dtype=np.int64).reshape(len(scenes), len(fullest))
-        return np.repeat(table, frames_each, axis=0)
-
+    fullest = max(scenes, key=lambda s: len(s.things)).things or (NOBODY,)
     shown = [s.things or fullest for s in scenes]
-    background = [BACKGROUND_NAMES.index(s.background) for s in scenes]
-    return Frames(
-        background_T=np.repeat(np.array(background, dtype=np.int64), frames_each),
-        x_TO=paths[0],
-        y_TO=paths[1],
-        radius_TO=np.broadcast_to(radius, paths[0].shape),
-        colour_TO=each_frame([[COLOUR_NAMES.index(t.colour) for t in ts] for ts in shown]),
-        shape_TO=each_frame([[SHAPE_NAMES.index(t.shape) for t in ts] for ts in shown]),
-        visible_TO=each_frame([[bool(s.things)] * len(fullest) for s in scenes]).astype(bool),
+    visible = np.array([[bool(s.things)] * len(fullest) for s in scenes], dtype=bool)
+
+    def indices(rows: list[list[int]]) -> NDArray[np.int64]:
+        return np.array(rows, dtype=np.int64).reshape(len(scenes), len(fullest))
+
+    return Script(
+        kind="steady",
+        background_K=np.array([BACKGROUND_NAMES.index(s.background) for s in scenes]),
+        colour_KO=indices([[COLOUR_NAMES.index(t.colour) for t in things] for things in shown]),
+        shape_KO=indices([[SHAPE_NAMES.index(t.shape) for t in things] for things in shown]),
+        visible_KO=visible.reshape(len(scenes), len(fullest)),
+        border_KO=np.zeros((len(scenes), len(fullest)), dtype=bool),
+        size_O=np.array([SIZE_NAMES.index(t.size) for t in fullest], dtype=np.int64),
+        speed_O=np.array([SPEED_NAMES.index(t.speed) for t in fullest], dtype=np.int64),
     )
 
 
@@ -135,8 +123,8 @@ def true_clip(
     rng: np.random.Generator, scenes: Sequence[Scene], shape: StreamShape
 ) -> tuple[NDArray[np.uint8], Frames]:
     """A chunk of each scene, from a stream's first chunk on: uint8 [T, H, W, 3] and the truth."""
-    lengths = [shape.frames_in(index) for index in range(len(scenes))]
-    truth = track(rng, scenes, lengths, min(shape.width, shape.height))
+    chunk_T = chunk_of_frames(len(scenes), shape.first_chunk_frames, shape.frames_per_chunk)
+    truth = animate(rng, as_script(scenes), min(shape.width, shape.height), chunk_T)
     return as_bytes(truth, shape.height, shape.width), truth
 
 

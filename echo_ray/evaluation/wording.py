@@ -1,84 +1,24 @@
 """Wording: does the same scene come out, however it is asked for?
 
-The same scenes and seeds in four wordings: the template's, another order, other words for the same
-things, and words around it that the model does not know.
+The same scenes and seeds in the wordings of `echo_ray.scenes.captions`: the template's, another
+order, other words for the same things, and words around it that the model does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from echo_ray.evaluation.cases import Scene, Thing, behind, caption, draw_scene
+from echo_ray.evaluation.cases import as_script, draw_scene
 from echo_ray.evaluation.chart import Bars
 from echo_ray.evaluation.following import Answer, ask, rates
 from echo_ray.evaluation.report import Figure, Report, rate_bar
 from echo_ray.evaluation.rollout import Plan, case_rng, counted, session_seed
 from echo_ray.evaluation.statistics import Rate, mean
 from echo_ray.evaluation.subject import Measured, Subject
+from echo_ray.scenes.captions import WORDINGS, paraphrases
 
-OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
-    "red": ("crimson", "scarlet", "ruby"),
-    "green": ("emerald", "lime", "olive"),
-    "blue": ("azure", "sapphire", "navy"),
-    "yellow": ("golden", "amber", "lemon"),
-    "magenta": ("purple", "violet", "pink"),
-    "cyan": ("turquoise", "teal", "aqua"),
-    "black": ("dark",),
-    "white": ("snowy", "bright"),
-    "gray": ("grey",),
-    "ball": ("circle", "sphere", "disc"),
-    "square": ("box", "block", "cube"),
-    "triangle": ("pyramid", "wedge"),
-    "background": ("backdrop", "wall"),
-    "on": ("over", "before", "against"),
-}
-OPENINGS = (
-    "please show me", "i would love to see", "could you make a short video of", "imagine",
-)  # fmt: skip
-ASIDES = ("wonderful", "cool", "shiny", "lonely", "cheerful")
-ENDINGS = (
-    "dancing happily in the afternoon", "as if it had all the time", "for my sister",
-    "thank you very much",
-)  # fmt: skip
-
-
-def template(scene: Scene, rng: np.random.Generator) -> str:
-    return caption(scene)
-
-
-def reordered(scene: Scene, rng: np.random.Generator) -> str:
-    """The background first."""
-    return f"{behind(scene.background)} there is {_article(scene.things[0])}"
-
-
-def synonyms(scene: Scene, rng: np.random.Generator) -> str:
-    """Every word that has others is another."""
-    return " ".join(
-        str(rng.choice(OTHER_WORDS[word])) if word in OTHER_WORDS else word
-        for word in caption(scene).split()
-    )
-
-
-def filler(scene: Scene, rng: np.random.Generator) -> str:
-    """The template among words that say nothing."""
-    thing = scene.things[0]
-    aside, opening = rng.choice(ASIDES), rng.choice(OPENINGS)
-    return (
-        f"{opening} a {aside} {thing.colour} {thing.shape} {rng.choice(ENDINGS)} "
-        f"{behind(scene.background)}"
-    )
-
-
-WORDINGS: Mapping[str, Callable[[Scene, np.random.Generator], str]] = {
-    "template": template,
-    "reordered": reordered,
-    "synonyms": synonyms,
-    "filler": filler,
-}
 SHOWN = ("background", "colour", "shape", "all of it")
+"""All of it: with the size, which every wording names."""
 
 
 def measure(subject: Subject, plan: Plan) -> Report:
@@ -92,8 +32,8 @@ def measure(subject: Subject, plan: Plan) -> Report:
         rng = case_rng("wording", plan.seed, index)
         scene = draw_scene(rng, 1)
         seed = session_seed(rng)
-        prompt = WORDINGS[name](scene, rng)
-        answer = ask(engine, scene, prompt, seed)
+        prompt = paraphrases(rng, as_script([scene]), 0)[name]
+        answer = ask(engine, scene, prompt, seed, sized=True)
         answers[name].append(answer)
         known, ignored = engine.understood(prompt)
         understood[name].append(len(known) / max(1, len(known) + len(ignored)))
@@ -130,7 +70,7 @@ def _figures(
     plain = by_name["template"]
     figures["points below the template"] = {
         f"{name}, {what}": 100 * (plain[what].value - by_name[name][what].value)
-        for name in list(WORDINGS)[1:]
+        for name in WORDINGS[1:]
         for what in SHOWN[:3]
     }
     return figures
@@ -143,7 +83,3 @@ def _example(engine: Measured) -> list[str]:
         f"Of {prompt!r} the model understands {' '.join(known) or 'nothing'} and ignores "
         f"{' '.join(ignored) or 'nothing'}."
     ]
-
-
-def _article(thing: Thing) -> str:
-    return f"a {thing.colour} {thing.shape}"

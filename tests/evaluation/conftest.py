@@ -20,16 +20,20 @@ from echo_ray.evaluation.cases import (
     Scene,
     Thing,
     as_bytes,
-    track,
+    as_script,
 )
 from echo_ray.evaluation.rollout import read, vote
 from echo_ray.evaluation.subject import ModulesSubject
 from echo_ray.evaluation.variants import Variant
 from echo_ray.model.words import VOCABULARY, read_prompt
 from echo_ray.preset import Preset, load_preset
+from echo_ray.scenes.motion import animate
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
 from echo_ray.session.engine_port import StreamShape, stream_shape
 from echo_ray.session.snapshot import Snapshot
+
+HORIZON = 12 * 48
+"""Frames that an oracle's objects have a path for."""
 
 Fault = Callable[[Scene, int], Scene]
 """(what was asked for, chunks since the session or the prompt began) -> what is shown."""
@@ -86,11 +90,10 @@ class Oracle:
         if not data:
             scene = self.fault(state.scene, state.age)
             rng = np.random.default_rng(state.seed)
-            paths = track(rng, [scene], [start + count], shape.width)
-            last = replace(
-                paths,
-                **{name: value[start:] for name, value in vars(paths).items()},
-            )
+            chunk_T = np.zeros(HORIZON, dtype=np.int64)
+            paths = animate(rng, as_script([scene]), shape.width, chunk_T)
+            here = slice(start, start + count)
+            last = replace(paths, **{name: value[here] for name, value in vars(paths).items()})
             data = as_bytes(last, shape.height, shape.width).tobytes()
         state.next_index, state.age = index + 1, state.age + 1
         chunk = Chunk(

@@ -25,11 +25,14 @@ from echo_ray.evaluation import (
     switching,
     wording,
 )
+from echo_ray.evaluation.cases import as_script, caption, draw_scene
 from echo_ray.evaluation.instruments import INSTRUMENTS, chosen, run
 from echo_ray.evaluation.report import Report, table
 from echo_ray.evaluation.rollout import Plan, case_rng
 from echo_ray.evaluation.statistics import Rate
 from echo_ray.evaluation.variants import Variant
+from echo_ray.model.words import VOCABULARY, read_prompt
+from echo_ray.scenes.captions import describe
 from echo_ray.session.chunk import Chunk
 
 FEW = Plan(cases=2, seed=5, chunks=20)
@@ -103,7 +106,7 @@ def test_following_sees_what_is_missing_and_what_is_too_much(oracle_with: With) 
     def fuller(scene: Any, age: int) -> Any:
         return scene if scene.things else replace(scene, things=(thing,))
 
-    thing = following.draw_scene(case_rng("x", 0, 0), 1).things[0]
+    thing = draw_scene(case_rng("x", 0, 0), 1).things[0]
     assert rate(following.measure(oracle_with(fuller), FEW), "empty scene", "nothing shown") == 0
 
 
@@ -159,7 +162,7 @@ def test_recall_does_not_count_what_never_came_back(oracle_with: With, shorter: 
 
 
 def test_the_prompts_of_recall_do_not_say_the_answer() -> None:
-    scene = following.draw_scene(case_rng("x", 0, 0), 1)
+    scene = draw_scene(case_rng("x", 0, 0), 1)
     prompts = recall.prompts_of(scene, 4, colour=False)
     assert sorted(prompts) == [0, 1, 3, 7]
     assert not any(scene.things[0].colour in text.split("on a")[0] for text in prompts.values())
@@ -288,23 +291,22 @@ def test_wording(oracle: Any, oracle_with: With) -> None:
     assert understood < 0.7
     plain = wording.measure(oracle_with(knows_synonyms=False), FEW)
     assert rate(plain, "template", "colour") == 1
-    lost = plain.figures["points below the template"]["synonyms, colour"]
+    lost = plain.figures["points below the template"]["synonym, colour"]
     assert isinstance(lost, float)
     assert lost > 30
 
 
-def test_wordings_say_the_same_in_words_that_the_model_knows(oracle: Any) -> None:
-    from echo_ray.model.words import read_prompt
-
-    for index in range(20):
-        rng = case_rng("wording", 0, index)
-        scene = following.draw_scene(rng, 1)
-        said = {n: read_prompt(write(scene, rng)) for n, write in wording.WORDINGS.items()}
-        plain = said["template"][0]
-        assert said["synonyms"][0] == said["filler"][0] == plain
-        assert sorted(said["reordered"][0]) == sorted(plain)
-        assert said["reordered"][0] != plain
-        assert said["filler"][2]
+def test_prompts_of_cases_are_those_of_the_worlds_grammar() -> None:
+    for index in range(12):
+        scene = draw_scene(case_rng("following", 0, index), 1)
+        full = caption(scene, size=True, speed=True)
+        assert full == describe(as_script([scene]), 0)
+        assert caption(scene.emptied) == describe(as_script([scene, scene.emptied]), 1)
+        two = draw_scene(case_rng("following", 0, index), 2)
+        known = read_prompt(describe(as_script([two]), 0))[0]
+        assert [i for i in known if VOCABULARY[i] != "moving"] == read_prompt(
+            caption(two, size=True)
+        )[0]
 
 
 def test_speed_counts_every_second_once(oracle: Any) -> None:
