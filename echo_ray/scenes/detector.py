@@ -40,7 +40,7 @@ LEAST_OVERLAP = 0.4
 LEAST_INSIDE = 0.5
 TOUCHING = 3.0
 """Pixels that two fitted shapes share from which on one is taken to be on top."""
-SURE_OVERLAP = 0.8
+SURE_OVERLAP = 0.9
 SURE_LEAD = 0.06
 """Overlap of the best shape, and its lead over the second, from which on the shape is sure."""
 BLOCK = 16
