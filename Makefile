@@ -53,8 +53,8 @@ demo: $(STAMP) ## two live streams, a prompt switch, a kill -9, and the proof th
 parity: $(STAMP) ## compare the engine with the numbers of the reference (DIR=folder)
 	$(BIN)/echo-ray parity $(DIR)
 
-train: $(STAMP) ## train echo-tiny from nothing (CPU, about two hours)
-	$(BIN)/python -m echo_ray.training --out runs/echo-tiny
+train: $(STAMP) ## train echo-tiny from nothing, or on from where it was (CPU, hours)
+	$(BIN)/echo-ray train --config codec pretrain fewstep streaming --out runs/echo-tiny --resume
 
 check: test ## the same as test
 

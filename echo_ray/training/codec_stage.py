@@ -15,10 +15,13 @@ from torch import Tensor
 
 from echo_ray.preset import Preset
 from echo_ray.scenes.world import random_groups, render
+from echo_ray.training.export import write_weights
 from echo_ray.training.loop import StepRandom
+from echo_ray.training.optimise import Updater
 from echo_ray.training.pictures import contact_sheet
-from echo_ray.training.recipe import Recipe
+from echo_ray.training.recipe import CodecRecipe
 from echo_ray.training.trainable import new_codec
+from echo_ray.training.video_model import training_device
 
 
 class CodecStage:
@@ -26,30 +29,26 @@ class CodecStage:
 
     name = "codec"
 
-    def __init__(self, preset: Preset, recipe: Recipe) -> None:
-        torch.manual_seed(recipe.seed)
-        self.preset = preset
-        self.recipe = recipe
-        self.codec = new_codec(preset)
-        self.optimizer = torch.optim.AdamW(
-            self.codec.parameters(), lr=recipe.codec_lr, betas=(0.9, 0.99), weight_decay=1e-3
-        )
+    def __init__(self, preset: Preset, recipe: CodecRecipe) -> None:
+        torch.manual_seed(recipe.run.seed)
+        self.preset, self.recipe = preset, recipe
+        self.device = training_device(recipe.run.device)
+        self.codec = new_codec(preset).to(self.device)
+        self.updater = Updater(self.codec, recipe.optimizer)
 
-    def train_step(self, random: StepRandom, progress: float) -> float:
-        pixels, weight = self.batch(random.data, self.recipe.codec_batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
+    def train_step(self, random: StepRandom, progress: float) -> dict[str, float]:
+        section = self.recipe.codec
+        pixels, weight = self.batch(random.data, section.batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.run.bf16):
             raw = self.codec.encoder(2 * pixels - 1)
             spread = raw.detach().float().std(dim=(0, 2, 3), keepdim=True)
-            share = torch.rand(raw.shape[0], 1, 1, 1, generator=random.noise)
-            noise = torch.randn(raw.shape, generator=random.noise)
-            drawn = self.codec.decoder(raw + noise * spread * share * self.recipe.codec_noise)
+            share = torch.rand(raw.shape[0], 1, 1, 1, generator=random.noise).to(self.device)
+            noise = torch.randn(raw.shape, generator=random.noise).to(self.device)
+            drawn = self.codec.decoder(raw + noise * spread * share * section.noise)
         error = (drawn.float() + 1) / 2 - pixels
         loss = ((4 * error.square() + error.abs()) * weight).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
-        self.optimizer.step()
-        return float(loss.detach())
+        self.updater.step(loss)
+        return {"loss": float(loss.detach())}
 
     def batch(self, rng: np.random.Generator, groups: int) -> tuple[Tensor, Tensor]:
         """Pixels [G, 3 * stride, H, W] and the weight of each, near 1 on average."""
@@ -60,13 +59,14 @@ class CodecStage:
         pixels = torch.from_numpy(picture).reshape(groups, 3 * stride, height, width)
         # A pixel counts more if an object covers it in any frame of its group.
         swept = torch.from_numpy(covered).reshape(groups, stride, height, width).amax(1)
-        weight = 1 + (self.recipe.foreground_weight - 1) * (swept > 0).float()
-        return pixels, weight[:, None].expand_as(pixels)
+        weight = 1 + (self.recipe.codec.foreground_weight - 1) * (swept > 0).float()
+        weight = weight[:, None].expand_as(pixels)
+        return pixels.to(self.device), weight.to(self.device)
 
     @torch.no_grad()
     def normalise(self, groups: int = 512) -> None:
         """Set the latents' mean and spread per channel from fresh scenes."""
-        rng = np.random.default_rng([self.recipe.seed, 99])
+        rng = np.random.default_rng([self.recipe.run.seed, 99])
         raw = torch.cat(
             [self.codec.encoder(2 * self.batch(rng, 16)[0] - 1) for _ in range(groups // 16)]
         )
@@ -76,13 +76,13 @@ class CodecStage:
     @torch.no_grad()
     def psnr(self, groups: int = 128) -> float:
         """Decibels of the mean squared error on scenes that training has not seen."""
-        pixels, _ = self.batch(np.random.default_rng([self.recipe.seed, 98]), groups)
+        pixels, _ = self.batch(np.random.default_rng([self.recipe.run.seed, 98]), groups)
         drawn = (self.codec.decoder(self.codec.encoder(2 * pixels - 1)) + 1) / 2
         error = (drawn.clamp(0, 1) - pixels).square().mean()
         return float(-10 * torch.log10(error))
 
     def optimizers(self) -> Iterable[torch.optim.Optimizer]:
-        return (self.optimizer,)
+        return self.updater.optimizers
 
     def state(self) -> dict[str, Any]:
         self.normalise()
@@ -92,10 +92,11 @@ class CodecStage:
         self.codec.load_state_dict(state["codec"])
 
     def at_checkpoint(self, out: Path, step: int) -> None:
-        pixels, _ = self.batch(np.random.default_rng([self.recipe.seed, 97]), 12)
+        pixels, _ = self.batch(np.random.default_rng([self.recipe.run.seed, 97]), 12)
         with torch.no_grad():
             drawn = (self.codec.decoder(self.codec.encoder(2 * pixels - 1)) + 1) / 2
         pairs = torch.stack([pixels[:, :3], drawn[:, :3], pixels[:, -3:], drawn[:, -3:]])
-        contact_sheet(pairs, out / "codec.png")
-        with (out / "codec_psnr.txt").open("a", encoding="utf-8") as file:
+        contact_sheet(pairs, out / f"sheet_{step:06d}.png")
+        write_weights(self.preset, None, self.codec, out)
+        with (out / "psnr.txt").open("a", encoding="utf-8") as file:
             file.write(f"{step} {self.psnr():.2f}\n")

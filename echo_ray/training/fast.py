@@ -54,8 +54,12 @@ def block_forward(
     past_rope: Pair,
     own_rope: Pair,
     copies: int,
+    prompts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Block.forward` over a past of B clips for K * B rows; also returns its keys and values."""
+    """`Block.forward` over a past of B clips for K * B rows; also returns its keys and values.
+
+    With several prompts a row, each is read by its equal part of the tokens, in order.
+    """
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + e0_BF6C).unbind(2)
     h = modulate(x_BNC, shift1, scale1, block.eps)
     attn = block.self_attn
@@ -69,12 +73,24 @@ def block_forward(
     x_BNC = x_BNC + gated(attn.o(attend(q, all_k, all_v)), gate1)
     cross = block.cross_attn
     prompt_k, prompt_v = (p.repeat(copies, 1, 1, 1) for p in prompt)
-    x_BNC = x_BNC + cross.o(attend(cross.queries(block.norm3(x_BNC)), prompt_k, prompt_v))
+    q = cross.queries(block.norm3(x_BNC))
+    asked = q.reshape(prompts * q.shape[0], -1, *q.shape[2:])
+    x_BNC = x_BNC + cross.o(attend(asked, prompt_k, prompt_v).view_as(x_BNC))
     h = modulate(x_BNC, shift2, scale2, block.eps)
     return x_BNC + gated(block.ffn(h), gate2), k, v
 
 
 BlockForward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+COMPILED_SHAPES = 64
+"""Sizes of the past, gradient modes and models that one run may compile a block for."""
+
+
+def choose_block(compiled: bool) -> BlockForward:
+    """`block_forward`, compiled for every shape that comes or as it is."""
+    if not compiled:
+        return block_forward
+    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    return torch.compile(block_forward, dynamic=False)
 
 
 def dit_forward(
@@ -86,6 +102,7 @@ def dit_forward(
     own_rope: Pair,
     copies: int,
     block: BlockForward = block_forward,
+    prompts: int = 1,
 ) -> tuple[Tensor, list[Pair]]:
     """`DiT.forward` for training: the flow, and each layer's keys and values, not rotated."""
     frames = x_BFCHW.shape[1]
@@ -95,7 +112,8 @@ def dit_forward(
     for layer, module in enumerate(dit.blocks):
         before = past.layers[layer] if past else None
         x, k, v = block(
-            module, x, time.e0_BF6C, prompt.layers[layer], before, past_rope, own_rope, copies
-        )
+            module, x, time.e0_BF6C, prompt.layers[layer], before, past_rope, own_rope,
+            copies, prompts,
+        )  # fmt: skip
         written.append((k, v))
     return dit._unpatchify(dit.head(x, time.e_BFC), frames), written

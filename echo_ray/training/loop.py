@@ -1,4 +1,4 @@
-"""The loop that both stages share: budget, learning rate, progress line, checkpoints, curve.
+"""The loop that all stages share: budget, learning rate, progress line, checkpoints, curves.
 
 Randomness of a step is a function of (seed, stage, step), so a resumed run draws what an
 uninterrupted one would have drawn and no generator state has to be kept.
@@ -19,22 +19,30 @@ import torch
 from tqdm import tqdm
 
 from echo_ray.errors import WeightsError
+from echo_ray.training.pictures import curve_picture
 from echo_ray.training.recipe import Budget, learning_rate_factor
+
+CHECKPOINT = "checkpoint.pt"
+SMOOTH = 0.97
+"""Share of the past in the losses that are shown and drawn."""
+TICKS = 1000
+"""Length of the progress bar of a stage that ends by time."""
 
 
 @dataclass(frozen=True)
 class StepRandom:
-    """The two generators of one step."""
+    """The two generators of one step, which are always on the host, and its number."""
 
     data: np.random.Generator
     noise: torch.Generator
+    step: int
 
 
 def step_random(seed: int, stage: str, step: int) -> StepRandom:
     """Generators that depend on nothing but their arguments."""
     words = np.random.SeedSequence([seed, zlib.crc32(stage.encode()), step]).generate_state(2)
     noise = torch.Generator().manual_seed(int(words[1]))
-    return StepRandom(np.random.default_rng(int(words[0])), noise)
+    return StepRandom(np.random.default_rng(int(words[0])), noise, step)
 
 
 class Stage(Protocol):
@@ -42,7 +50,9 @@ class Stage(Protocol):
 
     name: str
 
-    def train_step(self, random: StepRandom, progress: float) -> float: ...
+    def train_step(self, random: StepRandom, progress: float) -> dict[str, float]:
+        """One change of the weights; what it measured, the most telling first."""
+        ...
 
     def optimizers(self) -> Iterable[torch.optim.Optimizer]: ...
 
@@ -59,70 +69,94 @@ class Progress:
 
     step: int = 0
     elapsed_s: float = 0.0
-    losses: list[tuple[int, float]] = field(default_factory=list)
+    smooth: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """By name: at which step the smoothed loss was what."""
+
+    def take(self, losses: dict[str, float], elapsed_s: float) -> None:
+        """Count one more step."""
+        self.step += 1
+        self.elapsed_s += elapsed_s
+        for name, loss in losses.items():
+            was = self.smooth.get(name, loss)
+            self.smooth[name] = SMOOTH * was + (1 - SMOOTH) * loss
+            if self.step % 10 == 0 or name not in self.curves:
+                self.curves.setdefault(name, []).append((self.step, self.smooth[name]))
 
 
 def run_stage(
-    stage: Stage, budget: Budget, seed: int, out: Path, *, resume: bool, checkpoint_every_s: float
+    stage: Stage,
+    budget: Budget,
+    seed: int,
+    out: Path,
+    *,
+    resume: bool,
+    checkpoint_every_s: float,
+    schedule: str = "cosine",
 ) -> Progress:
-    """Train until the budget is used up; `out/<stage>.pt` always holds a resumable state."""
+    """Train until the budget is used up; the checkpoint in `out` can always be resumed from.
+
+    Whatever happens to the run between two checkpoints, going on from the last one gives the bits
+    that an uninterrupted run would have had, if the budget counts steps.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{stage.name}.pt"
+    file = out / CHECKPOINT
+    groups = [g for o in stage.optimizers() for g in o.param_groups]
+    base = [g["lr"] for g in groups]
     progress = _load(stage, file) if resume and file.exists() else Progress()
-    base = [g["lr"] for o in stage.optimizers() for g in o.param_groups]
-    base = [g.get("initial_lr", lr) for g, lr in zip(_groups(stage), base, strict=True)]
-    mean, last_saved, last = None, time.monotonic(), time.monotonic()
+    groups = [g for o in stage.optimizers() for g in o.param_groups]
+    last_saved = last = time.monotonic()
     timed = budget.minutes is not None
-    bar = tqdm(total=1000 if timed else budget.steps, desc=stage.name, mininterval=5.0)
+    total, done = TICKS if timed else budget.steps, _ticks(budget, progress)
+    bar = tqdm(total=total, initial=done, desc=stage.name, mininterval=5.0)
     while (share := budget.progress(progress.step, progress.elapsed_s)) < 1.0:
-        factor = learning_rate_factor(share)
-        for group, lr in zip(_groups(stage), base, strict=True):
-            group["initial_lr"], group["lr"] = lr, lr * factor
-        loss = stage.train_step(step_random(seed, stage.name, progress.step), share)
-        mean = loss if mean is None else 0.97 * mean + 0.03 * loss
+        for group, lr in zip(groups, base, strict=True):
+            group["lr"] = lr * learning_rate_factor(share, schedule)
+        losses = stage.train_step(step_random(seed, stage.name, progress.step), share)
         now = time.monotonic()
-        progress.elapsed_s, last = progress.elapsed_s + now - last, now
-        progress.step += 1
-        if progress.step % 10 == 0:
-            progress.losses.append((progress.step, mean))
-        bar.n = int(1000 * budget.progress(progress.step, progress.elapsed_s)) if timed else 0
-        bar.n = bar.n or (0 if timed else progress.step)
-        bar.set_postfix(step=progress.step, loss=f"{mean:.4f}", refresh=False)
-        bar.update(0)
+        progress.take(losses, now - last)
+        last = now
+        shown = {name: f"{loss:.4f}" for name, loss in progress.smooth.items()}
+        bar.set_postfix({"step": str(progress.step), **shown}, refresh=False)
+        bar.update(_ticks(budget, progress) - bar.n)
         if now - last_saved > checkpoint_every_s:
-            _save(stage, progress, file, out)
+            _save(stage, progress, out)
             last_saved = last = time.monotonic()
     bar.close()
-    _save(stage, progress, file, out)
+    _save(stage, progress, out)
     return progress
 
 
-def _groups(stage: Stage) -> list[dict[str, Any]]:
-    return [g for o in stage.optimizers() for g in o.param_groups]
+def _ticks(budget: Budget, progress: Progress) -> int:
+    total = budget.steps if budget.minutes is None else TICKS
+    return int(total * budget.progress(progress.step, progress.elapsed_s))
 
 
-def _save(stage: Stage, progress: Progress, file: Path, out: Path) -> None:
+def _save(stage: Stage, progress: Progress, out: Path) -> None:
     body = {
         "stage": stage.state(),
         "optimizers": [o.state_dict() for o in stage.optimizers()],
-        "step": progress.step,
-        "elapsed_s": progress.elapsed_s,
-        "losses": progress.losses,
+        "progress": vars(progress),
     }
+    file = out / CHECKPOINT
     part = file.with_suffix(".part")
     torch.save(body, part)
     part.replace(file)
-    curve = {"step": [s for s, _ in progress.losses], "loss": [x for _, x in progress.losses]}
-    (out / f"{stage.name}_loss.json").write_text(json.dumps(curve), encoding="utf-8")
+    curves = {
+        name: {"step": [s for s, _ in points], "loss": [x for _, x in points]}
+        for name, points in progress.curves.items()
+    }
+    (out / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
+    curve_picture(progress.curves, out / "curves.png")
     stage.at_checkpoint(out, progress.step)
 
 
 def _load(stage: Stage, file: Path) -> Progress:
     try:
-        body = torch.load(file, weights_only=True)
+        body = torch.load(file, weights_only=True, map_location="cpu")
         stage.restore(body["stage"])
         for optimizer, state in zip(stage.optimizers(), body["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError, EOFError) as e:
+        return Progress(**body["progress"])
+    except (RuntimeError, KeyError, ValueError, TypeError, EOFError) as e:
         raise WeightsError(f"{file}: cannot be resumed from: {e}; start without --resume") from e
-    return Progress(body["step"], body["elapsed_s"], [(s, x) for s, x in body["losses"]])

@@ -1,36 +1,165 @@
-"""The numbers of the recipe, and how far along a run is."""
+"""The recipe as data: one strictly read section for each thing that a stage can be told.
+
+A recipe is the content of one file under `configs/`. What all stages share has the same name in
+all of them; what belongs to one stage is in the section of its name.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from echo_ray.config import require
 
+STAGES = ("codec", "teacher", "pretrain", "fewstep", "streaming")
+"""In the order in which each can begin from those before it."""
+OBJECTIVES = ("regression", "dmd")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Everything about a training run that is not the model's shape."""
+class RunSection:
+    """How long, where, and from which seed."""
 
+    steps: int
+    minutes: float | None = None
+    """Ends the stage after so many minutes of its own work instead, and decides the schedule."""
     seed: int = 7
-    codec_steps: int = 7_000
-    codec_batch: int = 16
-    """Groups of frames a step."""
-    codec_lr: float = 1.5e-3
-    codec_noise: float = 0.12
-    """Largest noise on latents, in their own spread, that the decoder learns to ignore."""
-    foreground_weight: float = 5.0
-    clips: int = 2_400
+    device: str = "cpu"
+    threads: int = 1
+    bf16: bool = True
+    """Products in bfloat16; weights, sums and optimiser stay in float32."""
+    compile: bool = False
+    """Needs a C++ compiler on a CPU; slow for the first minutes, then faster."""
+    checkpoint_every_s: float = 300.0
+    sheet_chunks: int = 10
+    """Length of the samples drawn at every checkpoint; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "run.steps", self.steps, "at least 1")
+        timed = self.minutes is None or self.minutes > 0
+        require(timed, "run.minutes", self.minutes, "more than 0")
+        require(self.seed >= 0, "run.seed", self.seed, "0 or more")
+        require(self.device in ("cpu", "cuda"), "run.device", self.device, "cpu or cuda")
+        require(1 <= self.threads <= 256, "run.threads", self.threads, "1 to 256")
+        require(self.sheet_chunks >= 0, "run.sheet_chunks", self.sheet_chunks, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSection:
+    """One optimiser for everything, or Muon for the matrices between hidden layers."""
+
+    kind: str = "adamw"
+    lr: float = 1e-3
+    """Of AdamW."""
+    muon_lr: float = 3e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0: they are not clipped."""
+    clip_memory: bool = True
+    """False: the memory encoder's gradients are left as they are, as published."""
+    memory_lr_scale: float = 1.0
+    schedule: str = "cosine"
+    """cosine: rise, stay, fall from the middle on. constant: after the rise nothing changes."""
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("adamw", "muon"), "optimizer.kind", self.kind, "adamw or muon")
+        for name in ("lr", "muon_lr", "memory_lr_scale"):
+            value = getattr(self, name)
+            require(value > 0, f"optimizer.{name}", value, "more than 0")
+        fits = all(0 <= b < 1 for b in self.betas)
+        require(fits, "optimizer.betas", self.betas, "each from 0 to less than 1")
+        require(self.clip >= 0, "optimizer.clip", self.clip, "0 or more")
+        known = self.schedule in ("cosine", "constant")
+        require(known, "optimizer.schedule", self.schedule, "cosine or constant")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaSection:
+    """The average of the weights that is written, sampled from and served."""
+
+    decay: float = 0.995
+    """0: no average, the weights themselves."""
+    start: int = 0
+    """The average is the weights themselves up to this step."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "ema.decay", self.decay, "from 0 to less than 1")
+        require(self.start >= 0, "ema.start", self.start, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """Train low-rank changes of the linear layers in the blocks, and the memory encoder whole."""
+
+    rank: int = 256
+    alpha: float | None = None
+    """None: the rank, so that the change is B A as it is."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        fits = self.alpha is None or self.alpha > 0
+        require(fits, "lora.alpha", self.alpha, "more than 0")
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipsSection:
+    """The bank of clips: rendered and encoded once, then drawn from."""
+
+    count: int = 2400
     chunks: int = 10
     """Chunks a clip: enough to reach the cache's stationary regime."""
+    seed: int = 7
+    workers: int = 1
+    """Processes that render and encode."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "workers"):
+            value = getattr(self, name)
+            require(value >= 1, f"clips.{name}", value, "at least 1")
+        require(self.chunks >= 2, "clips.chunks", self.chunks, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecSection:
+    batch: int = 16
+    """Groups of frames a step."""
+    noise: float = 0.12
+    """Largest noise on latents, in their own spread, that the decoder learns to ignore."""
+    foreground_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "codec.batch", self.batch, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSection:
+    batch: int = 8
+    chunks: int = 7
+    """What it sees at once; clips longer than this are beyond it."""
+    drop_caption: float = 0.1
+    """Share of clips without any caption: what guidance compares with."""
+    object_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "teacher.batch", self.batch, "at least 1")
+        require(self.chunks >= 1, "teacher.chunks", self.chunks, "at least 1")
+        fits = 0 <= self.drop_caption < 1
+        require(fits, "teacher.drop_caption", self.drop_caption, "from 0 to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainSection:
+    batch: int = 8
     short_chunks: int = 5
     """Chunks used of a clip in the first part of the training, where prompts are learned."""
     short_share: float = 0.5
-    dit_steps: int = 3_000
-    dit_batch: int = 8
-    muon_lr: float = 3e-3
-    adam_lr: float = 1.5e-3
-    ema: float = 0.995
+    single_object_share: float = 0.0
+    """First part of the training that sees clips of at most one object only."""
     context_noise: float = 0.15
     """Largest noise on the clean latents that become keys and values; half of the clips."""
     object_weight: float = 4.0
@@ -41,19 +170,170 @@ class Recipe:
     """Share of clips whose past has chunks where the objects are partly or wholly erased: what a
     prompt names must come back after a failure."""
     hide_memory: float = 0.15
-    """Share of clips that must do without memory, so that every cache policy is served."""
+    """Share of steps that must do without memory, so that every cache policy is served."""
     rebuild_share: float = 0.3
     """Share of steps with one rebuild of the window, as at a prompt switch or a saved point."""
-    bf16: bool = True
-    checkpoint_every_s: float = 120.0
+    fast_forward: int = 0
+    """Most chunks by which the time of an empty chunk is drawn out, in memory updates alone."""
 
     def __post_init__(self) -> None:
-        for name in ("codec_steps", "codec_batch", "clips", "dit_steps", "dit_batch"):
-            value = getattr(self, name)
-            require(value >= 1, f"recipe.{name}", value, "at least 1")
-        fits = 2 <= self.short_chunks <= self.chunks
-        require(fits, "recipe.short_chunks", self.short_chunks, f"2 to {self.chunks}")
-        require(0 <= self.ema < 1, "recipe.ema", self.ema, "from 0 to less than 1")
+        require(self.batch >= 1, "pretrain.batch", self.batch, "at least 1")
+        require(self.short_chunks >= 2, "pretrain.short_chunks", self.short_chunks, "at least 2")
+        positive = self.fast_forward >= 0
+        require(positive, "pretrain.fast_forward", self.fast_forward, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutSection:
+    """How the student makes its own past, and what it is measured by."""
+
+    batch: int = 8
+    objective: str = "regression"
+    """regression: towards the true clip. dmd: towards a teacher's distribution."""
+    own_share: float = 0.75
+    """regression: share of chunks whose context is the student's own; the rest is the truth."""
+    lead_steps: int = 1
+    """regression: most sampler steps of the student's own before the step that is trained."""
+    context_noise: float = 0.0
+    """Largest noise on the latents that become keys and values; half of the clips."""
+    context_gradient: bool = False
+    """True: keys and values of the context carry gradients. The published recipe's carry none."""
+    hide_memory: float = 0.0
+    """Share of rollouts, or whole streams, that must do without memory."""
+    fast_forward: int = 0
+    """Most chunks by which the time of an empty chunk is drawn out, in memory updates alone."""
+    object_weight: float = 4.0
+    first_chunk_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "rollout.batch", self.batch, "at least 1")
+        known = self.objective in OBJECTIVES
+        require(known, "rollout.objective", self.objective, " or ".join(OBJECTIVES))
+        require(self.lead_steps >= 0, "rollout.lead_steps", self.lead_steps, "0 or more")
+        positive = self.fast_forward >= 0
+        require(positive, "rollout.fast_forward", self.fast_forward, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DmdSection:
+    """Distribution matching: a frozen teacher, and a critic that follows the student."""
+
+    teacher: str
+    """Weights folder of a `teacher` stage; `{out}` stands for the run's folder."""
+    guidance: float = 0.0
+    """Of the teacher: x + guidance (x - x without caption)."""
+    ratio: int = 5
+    """Steps of the critic for one of the student."""
+    low: float = 0.02
+    high: float = 0.98
+    """Noise levels outside these are moved to the nearer one."""
+    critic: OptimizerSection = field(default_factory=OptimizerSection)
+
+    def __post_init__(self) -> None:
+        require(self.ratio >= 1, "dmd.ratio", self.ratio, "at least 1")
+        require(0 < self.low < self.high < 1, "dmd.low", self.low, "between 0 and dmd.high < 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FewstepSection:
+    chunks: int = 10
+    """Length of a rollout; long enough for the memory to be used."""
+
+    def __post_init__(self) -> None:
+        require(self.chunks >= 1, "fewstep.chunks", self.chunks, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamingSection:
+    clip_chunks: int = 7
+    """Chunks that the objective looks at together."""
+    overlap_chunks: int = 1
+    """How many of them were made by the clip before, without gradient."""
+    bptt_clips: int = 1
+    """Clips through which the memory's gradient flows before the state is cut off."""
+
+    def __post_init__(self) -> None:
+        fits = 0 <= self.overlap_chunks < self.clip_chunks
+        rule = f"0 to less than streaming.clip_chunks ({self.clip_chunks})"
+        require(fits, "streaming.overlap_chunks", self.overlap_chunks, rule)
+        require(self.bptt_clips >= 1, "streaming.bptt_clips", self.bptt_clips, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecRecipe:
+    """Stage `codec`: pictures to latents and back."""
+
+    stage: str
+    run: RunSection
+    preset: str = "echo-tiny"
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    codec: CodecSection = field(default_factory=CodecSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRecipe:
+    """What the stages of the video model share."""
+
+    stage: str
+    run: RunSection
+    init_from: str
+    """Weights folder of the stage before; `{out}` stands for the run's folder."""
+    fresh: tuple[str, ...] = ()
+    """Parts (dit, memory, text) that begin from nothing; all others must be in that folder."""
+    preset: str = "echo-tiny"
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    ema: EmaSection = field(default_factory=EmaSection)
+    lora: LoraSection | None = None
+    clips: ClipsSection = field(default_factory=ClipsSection)
+
+    def __post_init__(self) -> None:
+        known = set(self.fresh) <= {"dit", "memory", "text"}
+        require(known, "fresh", self.fresh, "of dit, memory and text")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherRecipe(VideoRecipe):
+    """Stage `teacher`: a model that sees whole clips at once."""
+
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRecipe(VideoRecipe):
+    """Stage `pretrain`: causal flow matching with a true past."""
+
+    pretrain: PretrainSection = field(default_factory=PretrainSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRecipe(VideoRecipe):
+    """What the stages have in common in which the student makes its own past."""
+
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    dmd: DmdSection | None = None
+
+    def __post_init__(self) -> None:
+        VideoRecipe.__post_init__(self)
+        given = (self.rollout.objective == "dmd") == (self.dmd is not None)
+        rule = "a section [dmd] if, and only if, rollout.objective is dmd"
+        require(given, "dmd", self.dmd, rule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FewstepRecipe(RolloutRecipe):
+    """Stage `fewstep`: one rollout a sample, from its first chunk."""
+
+    fewstep: FewstepSection = field(default_factory=FewstepSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamingRecipe(RolloutRecipe):
+    """Stage `streaming`: long streams, their state carried from clip to clip."""
+
+    streaming: StreamingSection = field(default_factory=StreamingSection)
+
+
+Recipe = CodecRecipe | TeacherRecipe | PretrainRecipe | FewstepRecipe | StreamingRecipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,11 +350,13 @@ class Budget:
         return min(1.0, step / self.steps)
 
 
-def learning_rate_factor(progress: float, warm_up: float = 0.02, level: float = 0.5) -> float:
-    """Rise, stay, then fall as a cosine to nearly nothing."""
+def learning_rate_factor(
+    progress: float, schedule: str = "cosine", warm_up: float = 0.02, level: float = 0.5
+) -> float:
+    """Rise, stay, then fall as a cosine to nearly nothing; or stay for good."""
     if progress < warm_up:
         return max(progress / warm_up, 0.02)
-    if progress < level:
+    if progress < level or schedule == "constant":
         return 1.0
     fall = (progress - level) / (1 - level)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))

@@ -40,7 +40,7 @@ def sample(
     )  # fmt: skip
 
     def noise(chunk: int, step: int) -> Tensor:
-        return torch.randn(size, generator=source)
+        return torch.randn(size, generator=source).to(generator.device)
 
     first, second = (
         torch.cat([modules.text.encode(p) for p in part]) for part in zip(*scenes, strict=True)
@@ -56,7 +56,7 @@ def sample(
     return torch.cat(frames, dim=1)
 
 
-def sample_sheet(preset: Preset, modules: Modules, file: Path, chunks: int = 10) -> None:
+def sample_sheet(preset: Preset, modules: Modules, file: Path, chunks: int) -> None:
     """A row per scene, two frames a chunk."""
     frames = sample(preset, modules, SCENES, chunks, seed=0)
     contact_sheet(frames[:, 2 :: preset.frames_per_chunk // 2], file)
