@@ -1,0 +1,129 @@
+"""Recipes: every packaged one is read, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from echo_ray.errors import ConfigError
+from echo_ray.preset import load_preset
+from echo_ray.training.recipe import (
+    STAGES,
+    Budget,
+    DmdSection,
+    FewstepRecipe,
+    OptimizerSection,
+    StreamingRecipe,
+    learning_rate_factor,
+)
+from echo_ray.training.recipe_file import CONFIGS, find_recipes, named_folder, read_recipe
+
+PACKAGED = sorted(CONFIGS.rglob("*.toml"))
+
+
+@pytest.mark.parametrize("file", PACKAGED, ids=lambda f: f.stem)
+def test_every_packaged_recipe_is_read(file: Path) -> None:
+    recipe = read_recipe(file)
+    assert recipe.stage in STAGES
+    assert load_preset(recipe.preset).name == recipe.preset
+
+
+def test_there_is_a_packaged_recipe_for_every_stage() -> None:
+    assert {read_recipe(f).stage for f in CONFIGS.glob("*.toml")} == set(STAGES)
+    smoke = [read_recipe(f).stage for f in find_recipes("smoke")]
+    assert smoke == list(STAGES)
+
+
+def test_the_published_settings_are_those_of_the_recipe_by_distribution_matching() -> None:
+    recipe = read_recipe(find_recipes("dmd")[0])
+    assert isinstance(recipe, FewstepRecipe)
+    assert recipe.dmd is not None
+    assert recipe.dmd.ratio == 5
+    assert (recipe.dmd.low, recipe.dmd.high) == (0.02, 0.98)
+    for optimizer in (recipe.optimizer, recipe.dmd.critic):
+        assert optimizer.betas == (0.0, 0.999)
+        assert (optimizer.weight_decay, optimizer.clip) == (0.01, 10.0)
+    assert not recipe.optimizer.clip_memory
+    assert recipe.ema.decay == 0.99
+
+
+def test_values_are_changed_from_the_command_line() -> None:
+    file = find_recipes("streaming")[0]
+    recipe = read_recipe(file, ["run.steps=3", "streaming.bptt_clips=2", "lora.rank=8"])
+    assert isinstance(recipe, StreamingRecipe)
+    assert recipe.run.steps == 3
+    assert recipe.streaming.bptt_clips == 2
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.scale) == (8, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("run.step=3", r"run\.step: unknown \(did you mean steps\?\)"),
+        ("rollout.objectiv=dmd", r"rollout\.objectiv: unknown"),
+        ("rollout.objective=gan", r"rollout\.objective: 'gan' is not allowed"),
+        ("rollout.objective=dmd", r"a section \[dmd\] if, and only if"),
+        ("dmd.teacher=somewhere", r"a section \[dmd\] if, and only if"),
+        ("optimizer.kind=sgd", r"optimizer\.kind: 'sgd'"),
+        ("optimizer.schedule=linear", r"optimizer\.schedule: 'linear'"),
+        ("optimizer.lr=0.0", r"optimizer\.lr: 0\.0"),
+        ("run.steps=0", r"run\.steps: 0 is not allowed: at least 1"),
+        ("run.minutes=-1", r"run\.minutes: -1"),
+        ("run.device=tpu", r"run\.device: 'tpu'"),
+        ("ema.decay=1.0", r"ema\.decay: 1\.0"),
+        ("clips.count=0", r"clips\.count: 0"),
+        ("fresh=[codec]", r"fresh: \('codec',\)"),
+        ("stage=deploy", r"stage: 'deploy' is not allowed: one of codec, teacher"),
+        ("streaming.overlap_chunks=7", r"streaming\.overlap_chunks: 7.*less than"),
+        ("streaming.bptt_clips=0", r"streaming\.bptt_clips: 0"),
+        ("rollout.fast_forward=-1", r"rollout\.fast_forward: -1"),
+        ("rollout.batch=0", r"rollout\.batch: 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(find_recipes("streaming")[0], [assignment])
+
+
+def test_sections_refuse_impossible_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        OptimizerSection(betas=(0.9, 1.0))
+    with pytest.raises(ConfigError, match=r"dmd\.low"):
+        DmdSection(teacher="x", low=0.99)
+    with pytest.raises(ConfigError, match=r"dmd\.ratio"):
+        DmdSection(teacher="x", ratio=0)
+
+
+def test_recipes_are_found_by_path_name_or_folder(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('stage = "codec"\n[run]\nsteps = 2\n')
+    assert find_recipes(str(own)) == [own]
+    assert find_recipes(str(tmp_path)) == [own]
+    assert find_recipes("smoke/pretrain") == [CONFIGS / "smoke" / "pretrain.toml"]
+    with pytest.raises(ConfigError, match="nor one of codec, dmd, fewstep, pretrain, smoke/codec"):
+        find_recipes("nonsense")
+    own.write_text("stage = ")
+    with pytest.raises(ConfigError, match="cannot be read as a recipe"):
+        read_recipe(own)
+    own.write_text("steps = 2\n")
+    with pytest.raises(ConfigError, match="stage: None is not allowed"):
+        read_recipe(own)
+
+
+def test_folders_are_named_from_the_runs_own() -> None:
+    assert named_folder("{out}/codec", Path("runs/a")) == Path("runs/a/codec")
+    assert named_folder("elsewhere", Path("runs/a")) == Path("elsewhere")
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    shares = [0.0, 0.01, 0.1, 0.5, 0.75, 1.0]
+    factors = [learning_rate_factor(s) for s in shares]
+    assert factors[0] < factors[1] < factors[2] == factors[3] == 1.0 > factors[4] > factors[5] > 0
+    assert [learning_rate_factor(s, "constant") for s in shares[2:]] == [1.0] * 4
+
+
+def test_budget_counts_steps_or_minutes() -> None:
+    assert Budget(steps=10).progress(5, 1e9) == 0.5
+    assert Budget(steps=10, minutes=2).progress(500, 60) == 0.5
