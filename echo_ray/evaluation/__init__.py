@@ -1,4 +1,4 @@
 """Instruments: parity with the reference's numbers, and measures of what the model makes.
 
-What it may import: model, engine, presets, configuration.
+What it may import: model, engine, scenes, presets, configuration.
 """

@@ -48,6 +48,8 @@ class Bars:
     marks: Sequence[tuple[str, float]] = ()
     legend: Sequence[str] = ()
     """Names of the tones, where bars have several."""
+    together: int = 1
+    """So many bars stand side by side over one label, the first one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +184,33 @@ def _bars(pen: _Pen, panel: Bars) -> None:
     ends = [b.high if b.high is not None else b.value for b in bars]
     scale = axis([0.0, *ends, *(v for _, v in panel.marks)], 0.0, panel.top)
     _frame(pen, scale, ())
-    space = (WIDTH - LEFT - RIGHT) / max(1, len(bars))
-    for place, bar in enumerate(bars):
-        middle = LEFT + (place + 0.5) * space
-        half = min(26.0, space * 0.32)
-        colour = PALETTE[bar.tone % len(PALETTE)]
-        if math.isfinite(bar.value):
-            pen.box((middle - half, scale.y(bar.value)), (middle + half, scale.y(0)), colour)
-        top = bar.value if math.isfinite(bar.value) else 0.0
-        if bar.low is not None and bar.high is not None and math.isfinite(bar.value):
-            top = bar.high
-            _whisker(pen, middle, scale.y(bar.low), scale.y(bar.high))
-        note = bar.note or (number(bar.value) if math.isfinite(bar.value) else "none")
-        pen.text((middle, max(TOP - 8, scale.y(top) - 3)), note, 10, INK, "ms")
-        _label(pen, middle, bar.label, space)
     for label, value in panel.marks:
         _dashes(pen, scale.y(value))
         pen.text((WIDTH - RIGHT, scale.y(value) - 3), label, 10, QUIET, "rs")
+    beside = panel.together
+    space = (WIDTH - LEFT - RIGHT) / max(1, -(-len(bars) // beside))
+    half = min(26.0, 0.32 * space / beside)
+    for place, bar in enumerate(bars):
+        centre = LEFT + (place // beside + 0.5) * space
+        middle = centre + (place % beside - (beside - 1) / 2) * 2.2 * half
+        _bar(pen, scale, bar, middle, half)
+        if place % beside == 0:
+            _label(pen, centre, bar.label, space)
     _legend(pen, panel.legend)
+
+
+def _bar(pen: _Pen, scale: _Axis, bar: Bar, middle: float, half: float) -> None:
+    top, note = 0.0, bar.note or "none"
+    if math.isfinite(bar.value):
+        top, note = bar.value, bar.note or number(bar.value)
+        colour = PALETTE[bar.tone % len(PALETTE)]
+        pen.box((middle - half, scale.y(bar.value)), (middle + half, scale.y(0)), colour)
+        if bar.low is not None and bar.high is not None:
+            top = bar.high
+            _whisker(pen, middle, scale.y(bar.low), scale.y(bar.high))
+    y, wide = max(TOP - 8, scale.y(top) - 3), pen.width(note, 10) / 2 + 2
+    pen.box((middle - wide, y - 9), (middle + wide, y + 1), PAPER)
+    pen.text((middle, y), note, 10, INK, "ms")
 
 
 def _whisker(pen: _Pen, x: float, low: float, high: float) -> None:

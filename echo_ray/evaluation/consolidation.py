@@ -122,6 +122,6 @@ def _bars(answers: dict[str, list[dict[str, bool]]]) -> Bars:
         bar
         for name in CHARTED
         if name in on
-        for bar in (rate_bar(name, on[name]), rate_bar("", off[name], 1))
+        for bar in (rate_bar(name, on[name]), rate_bar(name, off[name], 1))
     ]
-    return Bars("Following", bars, legend=(WITH, WITHOUT))
+    return Bars("Following", bars, legend=(WITH, WITHOUT), together=2)

@@ -95,7 +95,12 @@ def measure(subject: Subject, plan: Plan) -> Report:
         },
         cases=[_record(s) for s in streams],
         panels=[*(_panel(name, streams) for name in CURVES), _right_panel(streams)],
-        notes=[f"{plan.cases} streams of {plan.chunks} chunks each; tenths are of a stream."],
+        notes=[
+            f"{plan.cases} streams of {plan.chunks} chunks each; tenths are of a stream. Latents "
+            f"are compared with those of the first {BASELINE_POINTS} points; under new prompts "
+            "they move with the prompt. Chunks of a stream are alike, so the intervals are "
+            "narrower than they should be."
+        ],
     )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from echo_ray.engine.frames import pixels
-from echo_ray.evaluation.cases import Scene, caption, draw_scene, true_clip
+from echo_ray.evaluation.cases import SPEED_NAMES, Scene, caption, draw_scene, true_clip
 from echo_ray.evaluation.chart import Bar, Bars, Line, Lines
 from echo_ray.evaluation.report import Figure, Report, rate_bar
 from echo_ray.evaluation.rollout import Plan, case_rng, counted, roll, session_seed
@@ -110,6 +110,9 @@ def measure(subject: Subject, plan: Plan) -> Report:
     for index in counted("motion", range(plan.cases), plan.cases):
         rng = case_rng("motion", plan.seed, index)
         scene = draw_scene(rng, 1)
+        # Both words are asked for equally often.
+        thing = replace(scene.things[0], speed=SPEED_NAMES[index % len(SPEED_NAMES)])
+        scene = replace(scene, things=(thing,))
         prompt = caption(scene, size=True, speed=True)
         chunks = list(roll(engine, {0: prompt}, session_seed(rng), CHUNKS))[SKIPPED:]
         made = movements[MADE].take(centres(np.concatenate([pixels(c) for c in chunks])))

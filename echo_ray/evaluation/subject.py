@@ -77,19 +77,22 @@ class ModulesSubject:
         return EchoEngine(replace(preset, cache=cache), modules, self.device, self.threads)
 
 
-@dataclass(frozen=True, slots=True)
 class ServedSubject:
     """The model that a configuration names: unchanged, it is the very engine that is served."""
 
-    config: ModelSection
+    def __init__(self, config: ModelSection) -> None:
+        self.config = config
+        self._served: EchoEngine | None = None
 
     @property
     def preset(self) -> Preset:
         return with_codec(load_preset(self.config.preset), self.config.vae)
 
     def engine(self, variant: Variant = Variant.WHOLE, point_every: int | None = None) -> Measured:
+        """Loaded once as it is served, and again for every change."""
         if variant is Variant.WHOLE and point_every is None:
-            return build_engine(self.config)
+            self._served = self._served or build_engine(self.config)
+            return self._served
         folder = WeightsFolder.open(weights_folder(self.config))
         device = torch.device(self.config.device)
         place = TextPlace(device=torch.device(self.config.text_device or self.config.device))

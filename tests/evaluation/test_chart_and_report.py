@@ -49,6 +49,18 @@ def test_a_bar_is_as_high_as_its_value() -> None:
     assert painted(picture(Bars("b", [Bar("x", 1.0, tone=1)], legend=("a", "b"))), 1) > whole / 2
 
 
+def test_bars_stand_together_over_one_label() -> None:
+    pair = [Bar("x", 1.0), Bar("x", 0.5, tone=1)]
+    apart, beside = (picture(Bars("b", pair, together=n)) for n in (1, 2))
+
+    def columns(pixels: NDArray[np.uint8], colour: int) -> NDArray[np.int64]:
+        return np.flatnonzero((pixels == PALETTE[colour]).all(axis=-1).sum(axis=0) > 50)
+
+    gaps = [columns(p, 1).min() - columns(p, 0).max() for p in (apart, beside)]
+    assert gaps[0] > 100
+    assert 0 < gaps[1] < 10
+
+
 def test_a_line_goes_through_its_points_and_stops_at_gaps() -> None:
     flat = [(float(x), 0.5) for x in range(100)]
     pixels = picture(Lines("l", [Line("a", flat)], bottom=0.0, top=1.0))
