@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from echo_ray.errors import WeightsError
+from echo_ray.training.optimise import process_rank
 from echo_ray.training.pictures import curve_picture
 from echo_ray.training.recipe import Budget, learning_rate_factor
 
@@ -38,9 +39,10 @@ class StepRandom:
     step: int
 
 
-def step_random(seed: int, stage: str, step: int) -> StepRandom:
-    """Generators that depend on nothing but their arguments."""
-    words = np.random.SeedSequence([seed, zlib.crc32(stage.encode()), step]).generate_state(2)
+def step_random(seed: int, stage: str, step: int, rank: int = 0) -> StepRandom:
+    """Generators that depend on nothing but their arguments; each process has its own."""
+    place = [seed, zlib.crc32(stage.encode()), step, *([rank] if rank else [])]
+    words = np.random.SeedSequence(place).generate_state(2)
     noise = torch.Generator().manual_seed(int(words[1]))
     return StepRandom(np.random.default_rng(int(words[0])), noise, step)
 
@@ -83,6 +85,14 @@ class Progress:
             if self.step % 10 == 0 or name not in self.curves:
                 self.curves.setdefault(name, []).append((self.step, self.smooth[name]))
 
+    def points(self) -> dict[str, list[tuple[int, float]]]:
+        """The curves up to now, the last step included."""
+        now = {name: [(self.step, loss)] for name, loss in self.smooth.items()}
+        return {
+            name: points if points[-1][0] == self.step else points + now[name]
+            for name, points in self.curves.items()
+        }
+
 
 def run_stage(
     stage: Stage,
@@ -105,6 +115,7 @@ def run_stage(
     base = [g["lr"] for g in groups]
     progress = _load(stage, file) if resume and file.exists() else Progress()
     groups = [g for o in stage.optimizers() for g in o.param_groups]
+    rank = process_rank()
     last_saved = last = time.monotonic()
     timed = budget.minutes is not None
     total, done = TICKS if timed else budget.steps, _ticks(budget, progress)
@@ -112,7 +123,7 @@ def run_stage(
     while (share := budget.progress(progress.step, progress.elapsed_s)) < 1.0:
         for group, lr in zip(groups, base, strict=True):
             group["lr"] = lr * learning_rate_factor(share, schedule)
-        losses = stage.train_step(step_random(seed, stage.name, progress.step), share)
+        losses = stage.train_step(step_random(seed, stage.name, progress.step, rank), share)
         now = time.monotonic()
         progress.take(losses, now - last)
         last = now
@@ -133,6 +144,8 @@ def _ticks(budget: Budget, progress: Progress) -> int:
 
 
 def _save(stage: Stage, progress: Progress, out: Path) -> None:
+    if process_rank():
+        return
     body = {
         "stage": stage.state(),
         "optimizers": [o.state_dict() for o in stage.optimizers()],
@@ -144,10 +157,10 @@ def _save(stage: Stage, progress: Progress, out: Path) -> None:
     part.replace(file)
     curves = {
         name: {"step": [s for s, _ in points], "loss": [x for _, x in points]}
-        for name, points in progress.curves.items()
+        for name, points in progress.points().items()
     }
     (out / "curves.json").write_text(json.dumps(curves), encoding="utf-8")
-    curve_picture(progress.curves, out / "curves.png")
+    curve_picture(progress.points(), out / "curves.png")
     stage.at_checkpoint(out, progress.step)
 
 
