@@ -52,6 +52,7 @@ def small_bank(chunks: int, clips: int = 4) -> Bank:
         ids.repeat_interleave((chunks + 1) // 2, dim=1)[:, :chunks],
         (torch.arange(chunks) % 3 == 0).expand(clips, -1).clone(),
         torch.arange(clips).to(torch.uint8) % 2 + 1,
+        (),
         "small",
     )
 
@@ -77,7 +78,7 @@ def small_stage(
     codec = new_codec(preset).eval().requires_grad_(requires_grad=False)
     model = lively_model(preset, with_memory=stage != "teacher")
     teacher = lively_model(preset, seed=8, with_memory=False)
-    materials = Materials(model, codec, small_bank(chunks), teacher)
+    materials = Materials(model, codec, small_bank(chunks), teacher=teacher)
     made: VideoStage = STAGES[stage][1](preset, small_recipe(stage, **sections), materials)
     return made
 

@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from echo_ray.model.group_codec import GroupCodec
+from echo_ray.model.codec import Codec
 from echo_ray.model.words import padded_ids
-from echo_ray.preset import Preset
+from echo_ray.preset import Preset, WordTextShape
 from echo_ray.scenes.clips import Clip, make_clip
 from echo_ray.scenes.world import render
 from echo_ray.training.recipe import ClipsSection
-from echo_ray.training.trainable import new_codec
+from echo_ray.weights.parts import build_codec
 
 Singles = NDArray[np.float32]
 Halves = NDArray[np.float16]
 Bytes = NDArray[np.uint8]
-Piece = tuple[Halves, Bytes, NDArray[np.bool_], Bytes]
-"""Latents, word ids, hidden chunks and object counts of some clips."""
+Piece = tuple[Halves, NDArray[np.bool_], Bytes, list[tuple[str, ...]]]
+"""Latents, hidden chunks, object counts and captions of some clips."""
+SAMPLED = 4
+"""Clips that a digest looks at."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Bank:
     """Chunks in which nothing but background is to be seen."""
     objects_S: Tensor
     """How many objects a clip has, seen or not."""
+    captions: tuple[str, ...]
+    """The captions that a word's id stands for, the empty one first; none if words are read."""
     digest: str
     """Of the encoder and the clips that made it."""
 
@@ -78,9 +82,17 @@ def clip_of(preset: Preset, section: ClipsSection, index: int) -> Clip:
     return make_clip(rng, section.chunks, size, preset.first_chunk_frames, preset.frames_per_chunk)
 
 
-def bank_digest(codec: GroupCodec, section: ClipsSection) -> str:
-    """Names the encoder's weights and the clips; another value means another bank."""
+def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
+    """Names the encoder's weights and the clips; another value means another bank.
+
+    A few clips stand for the world and its words as they are now.
+    """
     total = hashlib.sha256(f"{section.seed} {section.count} {section.chunks}".encode())
+    for index in range(min(section.count, SAMPLED)):
+        clip = clip_of(preset, section, index)
+        pixels, _ = render(clip.frames, preset.height, preset.width)
+        ids, _ = caption_ids(preset, [clip.captions])
+        total.update(pixels.tobytes() + ids.numpy().tobytes() + "|".join(clip.captions).encode())
     for name, value in sorted(codec.state_dict().items()):
         if not name.startswith("decoder."):
             total.update(name.encode() + value.float().cpu().numpy().tobytes())
@@ -88,10 +100,10 @@ def bank_digest(codec: GroupCodec, section: ClipsSection) -> str:
 
 
 def load_or_build(
-    preset: Preset, section: ClipsSection, codec: GroupCodec, folder: Path, *, bf16: bool
+    preset: Preset, section: ClipsSection, codec: Codec, folder: Path, *, bf16: bool
 ) -> Bank:
     """Read the folder's bank of this encoder and these clips; else build and write it."""
-    digest = bank_digest(codec, section)
+    digest = bank_digest(preset, codec, section)
     file = folder / f"bank-{digest}.pt"
     if file.exists():
         return Bank(**torch.load(file, weights_only=True, mmap=True))
@@ -103,14 +115,13 @@ def load_or_build(
     return bank
 
 
-def build(
-    preset: Preset, section: ClipsSection, codec: GroupCodec, digest: str, *, bf16: bool
-) -> Bank:
+def build(preset: Preset, section: ClipsSection, codec: Codec, digest: str, *, bf16: bool) -> Bank:
     """Render and encode every clip, in as many processes as `workers` if more than one."""
     pieces = [range(i, min(i + 20, section.count)) for i in range(0, section.count, 20)]
     state = {k: v.cpu().numpy() for k, v in codec.state_dict().items()}
     encode = partial(_encode_piece, preset, section, state, bf16)
-    columns: list[list[Tensor]] = [[], [], [], []]
+    columns: list[list[Tensor]] = [[], [], []]
+    captions: list[Sequence[str]] = []
     with ExitStack() as stack:
         made: Iterable[Piece] = map(encode, pieces)
         if section.workers > 1:
@@ -118,32 +129,42 @@ def build(
             pool = ProcessPoolExecutor(section.workers, context, threads, (1,))
             made = stack.enter_context(pool).map(encode, pieces)
         for piece in tqdm(made, "bank", len(pieces), mininterval=5.0):
-            for column, values in zip(columns, piece, strict=True):
+            for column, values in zip(columns, piece[:3], strict=True):
                 column.append(torch.from_numpy(values))
-    latents, ids, hidden, objects = (torch.cat(column) for column in columns)
-    return Bank(latents, ids, hidden, objects, digest)
+            captions += piece[3]
+    latents, hidden, objects = (torch.cat(column) for column in columns)
+    ids, table = caption_ids(preset, captions)
+    return Bank(latents, ids, hidden, objects, table, digest)
 
 
 @torch.no_grad()
-def encode_clip(preset: Preset, codec: GroupCodec, clip: Clip) -> Tensor:
+def encode_clip(preset: Preset, codec: Codec, clip: Clip) -> Tensor:
     """Normalised latents [F, C, h, w] of one clip."""
     pixels, _ = render(clip.frames, preset.height, preset.width)
     return codec.encode(torch.from_numpy(pixels)[None])[0]
 
 
-def clip_ids(preset: Preset, captions: Sequence[str]) -> list[list[int]]:
-    return [padded_ids(caption, preset.dit.text_len) for caption in captions]
+def caption_ids(
+    preset: Preset, captions: Sequence[Sequence[str]]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Word ids [S, K, L] of all captions; without words, places in the table that comes along."""
+    table = ("", *sorted({caption for clip in captions for caption in clip} - {""}))
+    place = {caption: n for n, caption in enumerate(table)}
+    places_SK = torch.tensor([[place[caption] for caption in clip] for clip in captions])
+    if not isinstance(preset.text, WordTextShape):
+        return places_SK[:, :, None].to(torch.int32), table
+    words = torch.tensor([padded_ids(caption, preset.dit.text_len) for caption in table])
+    return words.to(torch.uint8)[places_SK], ()
 
 
 def _encode_piece(
     preset: Preset, section: ClipsSection, state: dict[str, Singles], bf16: bool, piece: range
 ) -> Piece:
-    codec = new_codec(preset)
+    codec = build_codec(preset.codec, preset.dit)
     codec.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
     clips = [clip_of(preset, section, index) for index in piece]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         latents = torch.stack([encode_clip(preset, codec, clip) for clip in clips])
-    ids = np.array([clip_ids(preset, clip.captions) for clip in clips], dtype=np.uint8)
     hidden = np.array([~clip.script.visible_KO.any(axis=1) for clip in clips])
     objects = np.array([clip.script.visible_KO.shape[1] for clip in clips], dtype=np.uint8)
-    return latents.half().numpy(), ids, hidden, objects
+    return latents.half().numpy(), hidden, objects, [clip.captions for clip in clips]

@@ -1,7 +1,9 @@
-"""A weights folder of what was trained: every tensor in half precision, in one file."""
+"""A weights folder of what was trained: every tensor in sixteen bits."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,38 +14,70 @@ from torch import Tensor, nn
 from echo_ray.errors import WeightsError
 from echo_ray.preset import Preset
 from echo_ray.training.lora import adapter_tensors, merged_tensors
+from echo_ray.training.trainable import CaptionTable
 from echo_ray.training.video_model import VideoModel
-from echo_ray.weights.manifest import write_manifest
+from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.manifest import FileRecord, file_record, write_manifest
 
 FILE = "weights.safetensors"
 ADAPTER = "lora.safetensors"
 
 
-def write_weights(preset: Preset, model: VideoModel | None, codec: nn.Module, folder: Path) -> None:
+def write_weights(
+    preset: Preset,
+    model: VideoModel | None,
+    codec: nn.Module,
+    folder: Path,
+    start: WeightsFolder | None = None,
+) -> None:
     """Write the model's `dit.`, `memory.` and `text.`, the codec's `codec.`, and a manifest.
 
     What a LoRA has changed is merged in; the adapter alone lies beside it, in the published layout.
+    A model whose prompts are read by an encoder of its own has that, and its codec, linked from the
+    folder that it began from.
     """
-    tensors = {f"codec.{k}": v for k, v in codec.state_dict().items()}
-    if model is not None:
-        tensors.update(merged_tensors(model))
+    tensors = {} if model is None else merged_tensors(model)
+    frozen = model is not None and isinstance(model.text, CaptionTable)
+    if not frozen:
+        tensors.update({f"codec.{k}": v for k, v in codec.state_dict().items()})
     folder.mkdir(parents=True, exist_ok=True)
-    _save(tensors, folder / FILE)
-    write_manifest(folder, preset, [FILE])
+    dtype = torch.bfloat16 if preset.dtype == "bfloat16" else torch.float16
+    _save(tensors, folder / FILE, dtype)
+    records = {FILE: file_record(folder / FILE)}
+    if frozen and start is not None:
+        records.update(_linked(start, folder))
+    write_manifest(folder, preset, records)
     adapter = {} if model is None else adapter_tensors(model.dit)
     if adapter:
-        _save(adapter, folder / ADAPTER)
+        _save(adapter, folder / ADAPTER, dtype)
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    halves = {k: _half(k, v) for k, v in tensors.items()}
+def _linked(start: WeightsFolder, folder: Path) -> dict[str, FileRecord]:
+    """The files of another folder that hold nothing trained, as links or copies in this one."""
+    trained = {name for part in ("dit", "memory") for name in start.index.get(part, {}).values()}
+    records = {n: r for n, r in start.manifest.files.items() if n not in trained and n != FILE}
+    for name in records:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            continue
+        try:
+            os.link(start.path / name, target)
+        except OSError:
+            # Another file system.
+            shutil.copyfile(start.path / name, target)
+    return records
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:
+    halves = {k: _half(k, v, dtype) for k, v in tensors.items()}
     part = file.with_suffix(".part")
     save_file(halves, part)
     part.replace(file)
 
 
-def _half(name: str, value: Tensor) -> Tensor:
-    half = value.detach().to("cpu", torch.float16).contiguous()
+def _half(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    half = value.detach().to("cpu", dtype).contiguous()
     if not bool(torch.isfinite(half).all()):
         raise WeightsError(f"{name}: holds values that are not finite; the training diverged")
     return half

@@ -97,7 +97,7 @@ class TeacherStage(VideoStage):
         return {"loss": float(loss.detach())}
 
     def at_checkpoint(self, out: Path, step: int) -> None:
-        write_weights(self.preset, self.average.model, self.codec, out)
+        write_weights(self.preset, self.average.model, self.codec, out, self.start)
         if self.run.sheet_chunks:
             contact_sheet(self._samples(), out / f"sheet_{step:06d}.png")
 

@@ -35,9 +35,11 @@ from echo_ray.training.video_model import (
     VideoModel,
     load_codec,
     load_video_model,
+    read_captions,
     training_device,
 )
 from echo_ray.training.video_stage import Materials
+from echo_ray.weights.folder import WeightsFolder
 
 
 def train(
@@ -117,4 +119,5 @@ def _materials(preset: Preset, recipe: VideoRecipe, out: Path) -> Materials:
         folder = named_folder(recipe.dmd.teacher, out)
         teacher = load_video_model(preset, folder, (), device, with_memory=False)
     bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
-    return Materials(model, codec, bank, teacher)
+    read_captions(preset, start, bank.captions, model, teacher)
+    return Materials(model, codec, bank, WeightsFolder.open(start), teacher)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from echo_ray.errors import ConfigError
+from echo_ray.model.codec import Codec
 from echo_ray.model.dit import DiT, PromptKV
-from echo_ray.model.group_codec import GroupCodec
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.state_dict import load_strict
 from echo_ray.preset import Preset
-from echo_ray.training.trainable import new_codec, new_text
+from echo_ray.training.trainable import CaptionTable, new_text
 from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.parts import build_codec, codec_part
+from echo_ray.weights.text import UMT5Prompts
 
 
 class VideoModel(nn.Module):
@@ -63,7 +65,8 @@ def load_video_model(
     Raises `WeightsError` if a part is missing or does not fit.
     """
     model = VideoModel(preset, with_memory=with_memory)
-    parts = [name for name, _ in model.named_children() if name not in fresh]
+    # A table of captions has no weights of its own.
+    parts = [n for n, m in model.named_children() if n not in fresh and m.state_dict()]
     if parts:
         source = WeightsFolder.open(folder)
         for name in parts:
@@ -74,12 +77,26 @@ def load_video_model(
     return model.to(device)
 
 
-def load_codec(preset: Preset, folder: Path, device: torch.device) -> GroupCodec:
+def load_codec(preset: Preset, folder: Path, device: torch.device) -> Codec:
     """The frozen codec of a weights folder. Raises `WeightsError` if there is none."""
-    codec = new_codec(preset)
-    values = WeightsFolder.open(folder).part("codec", dtype=torch.float32)
-    load_strict(codec, values, f"{folder}, codec")
+    codec, part = build_codec(preset.codec, preset.dit), codec_part(preset.codec)
+    values = WeightsFolder.open(folder).part(part, dtype=torch.float32)
+    load_strict(codec, values, f"{folder}, {part}")
     return codec.eval().requires_grad_(requires_grad=False).to(device)
+
+
+def read_captions(
+    preset: Preset, folder: Path, captions: tuple[str, ...], *models: VideoModel | None
+) -> None:
+    """Give models that do not read words what the folder's encoder makes of all captions."""
+    tables = [m.text for m in models if m is not None and isinstance(m.text, CaptionTable)]
+    if not tables:
+        return
+    place = tables[0].rows_UPE.device
+    encoder = UMT5Prompts(preset, WeightsFolder.open(folder), place, place, keep=True)
+    tables[0].fill(captions, encoder)
+    for table in tables[1:]:
+        table.rows_UPE = tables[0].rows_UPE
 
 
 def training_device(name: str) -> torch.device:

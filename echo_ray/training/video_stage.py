@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_ray.model.group_codec import GroupCodec
+from echo_ray.model.codec import Codec
 from echo_ray.preset import Preset
 from echo_ray.training.bank import Bank
 from echo_ray.training.export import write_weights
@@ -30,8 +30,10 @@ class Materials:
     """What a stage begins with."""
 
     model: VideoModel
-    codec: GroupCodec
+    codec: Codec
     bank: Bank
+    start: WeightsFolder | None = None
+    """Where parts come from that are neither trained nor small enough to be written again."""
     teacher: VideoModel | None = None
     """Frozen; only for distribution matching."""
 
@@ -43,7 +45,7 @@ class VideoStage:
 
     def __init__(self, preset: Preset, recipe: VideoRecipe, materials: Materials) -> None:
         self.preset, self.run = preset, recipe.run
-        self.bank, self.codec = materials.bank, materials.codec
+        self.bank, self.codec, self.start = materials.bank, materials.codec, materials.start
         self.device = training_device(recipe.run.device)
         self.frames = preset.cache.frames_per_chunk
         torch.manual_seed(recipe.run.seed)
@@ -75,7 +77,7 @@ class VideoStage:
 
     def at_checkpoint(self, out: Path, step: int) -> None:
         """Weights that can be served, and what they make of a few prompts."""
-        write_weights(self.preset, self.average.model, self.codec, out)
+        write_weights(self.preset, self.average.model, self.codec, out, self.start)
         if self.run.sheet_chunks:
             modules = load_modules(self.preset, WeightsFolder.open(out), self.device)
             file = out / f"sheet_{step:06d}.png"

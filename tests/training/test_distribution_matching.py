@@ -50,7 +50,7 @@ def test_the_student_goes_where_only_the_teacher_has_been() -> None:
     hidden = replace(bank, latents_SFChw=torch.full_like(flat, float("nan")))
     student = lively_model(preset, seed=1)
     torch.nn.init.zeros_(student.dit.head.head.weight)
-    stage = FewstepStage(preset, recipe, Materials(student, codec, hidden, teacher))
+    stage = FewstepStage(preset, recipe, Materials(student, codec, hidden, teacher=teacher))
     truth = flat.float()
     before = float((made(stage) - truth).square().mean())
     for n in range(90):

@@ -222,9 +222,9 @@ def test_another_encoder_or_other_clips_mean_another_bank(preset: Preset, tmp_pa
     first = built(section)
     assert torch.equal(first, built(section))
     assert not torch.equal(first, built(replace(section, seed=8)))
-    digest = bank_digest(stage.codec, section)
+    digest = bank_digest(preset, stage.codec, section)
     stage.train_step(step_random(7, "codec", 0), 0.0)
-    assert bank_digest(stage.codec, section) != digest
+    assert bank_digest(preset, stage.codec, section) != digest
     assert not torch.equal(first, built(section))
     assert len(list(tmp_path.glob("bank-*.pt"))) == 3
 
