@@ -9,20 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from echo_ray.commands.settings import add_settings
+
 HELP = "measure prompt following, recall, drift, speed and more"
 OUT = Path("evaluation-out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="WHAT", help="what to measure, or all")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        dest="assignments",
-        help="change a value of the configuration, e.g. model.weights=DIR; may be repeated",
-    )
+    add_settings(parser, "model.weights=DIR")
     parser.add_argument("--cases", type=int, help="how many; each instrument has its own number")
     parser.add_argument("--chunks", type=int, default=400, help="length of each drift stream")
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
