@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_ray.model.attention import attention
 from echo_ray.model.dit import Block, DiT, PromptKV, TimeCondition, gated, modulate
 
 Pair = tuple[Tensor, Tensor]
@@ -39,7 +40,9 @@ def turn(x_BNHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
 
 
 def attend(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-    """Plain attention, [B, N, C]."""
+    """Plain attention, [B, N, C]; on a GPU the fused one, which is made for it."""
+    if q_BNHD.is_cuda:
+        return attention(q_BNHD, k_BMHD, v_BMHD)
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BMHD, v_BMHD))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (torch.softmax(scores, dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)

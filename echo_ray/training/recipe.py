@@ -116,6 +116,8 @@ class ClipsSection:
     seed: int = 7
     workers: int = 1
     """Processes that render and encode."""
+    prompts: str | None = None
+    """A file of prompts in place of clips, for distribution matching alone; see `prompts.py`."""
 
     def __post_init__(self) -> None:
         for name in ("count", "workers"):
@@ -259,6 +261,11 @@ class StreamingSection:
         require(self.bptt_clips >= 1, "streaming.bptt_clips", self.bptt_clips, "at least 1")
 
 
+def _clips_only(section: ClipsSection) -> None:
+    rule = "only for rollout.objective dmd; everything else learns from clips"
+    require(section.prompts is None, "clips.prompts", section.prompts, rule)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecRecipe:
     """Stage `codec`: pictures to latents and back."""
@@ -297,12 +304,20 @@ class TeacherRecipe(VideoRecipe):
 
     teacher: TeacherSection = field(default_factory=TeacherSection)
 
+    def __post_init__(self) -> None:
+        VideoRecipe.__post_init__(self)
+        _clips_only(self.clips)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainRecipe(VideoRecipe):
     """Stage `pretrain`: causal flow matching with a true past."""
 
     pretrain: PretrainSection = field(default_factory=PretrainSection)
+
+    def __post_init__(self) -> None:
+        VideoRecipe.__post_init__(self)
+        _clips_only(self.clips)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -317,6 +332,8 @@ class RolloutRecipe(VideoRecipe):
         given = (self.rollout.objective == "dmd") == (self.dmd is not None)
         rule = "a section [dmd] if, and only if, rollout.objective is dmd"
         require(given, "dmd", self.dmd, rule)
+        if self.dmd is None:
+            _clips_only(self.clips)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

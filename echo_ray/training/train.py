@@ -17,6 +17,7 @@ from echo_ray.training.codec_stage import CodecStage
 from echo_ray.training.fewstep_stage import FewstepStage
 from echo_ray.training.loop import CHECKPOINT, Progress, Stage, run_stage
 from echo_ray.training.pretrain_stage import PretrainStage
+from echo_ray.training.prompts import prompt_bank
 from echo_ray.training.recipe import (
     Budget,
     CodecRecipe,
@@ -118,6 +119,9 @@ def _materials(preset: Preset, recipe: VideoRecipe, out: Path) -> Materials:
     if isinstance(recipe, RolloutRecipe) and recipe.dmd is not None:
         folder = named_folder(recipe.dmd.teacher, out)
         teacher = load_video_model(preset, folder, (), device, with_memory=False)
-    bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
+    if recipe.clips.prompts is not None:
+        bank = prompt_bank(preset, recipe.clips, named_folder(recipe.clips.prompts, out))
+    else:
+        bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
     read_captions(preset, start, bank.captions, model, teacher)
     return Materials(model, codec, bank, WeightsFolder.open(start), teacher)
