@@ -12,8 +12,8 @@ from echo_ray.model.codec import Codec
 from echo_ray.preset import Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
-from echo_ray.weights.modules import DTYPES, TextPlace, load_modules
-from echo_ray.weights.parts import build_parts, codec_part
+from echo_ray.weights.modules import TextPlace, load_modules
+from echo_ray.weights.parts import DTYPES, build_parts, codec_part
 
 GIB = 2**30
 

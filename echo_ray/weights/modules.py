@@ -17,10 +17,8 @@ from echo_ray.model.text import TextEncoder
 from echo_ray.model.words import WordTextEncoder
 from echo_ray.preset import Preset, UMT5Shape
 from echo_ray.weights.folder import WeightsFolder
-from echo_ray.weights.parts import build_parts, codec_part
+from echo_ray.weights.parts import DTYPES, build_parts, codec_part
 from echo_ray.weights.text import UMT5Prompts
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)

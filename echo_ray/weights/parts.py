@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from echo_ray.model.codec import Codec
@@ -23,6 +24,8 @@ from echo_ray.preset import (
     WordTextShape,
 )
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What `dtype` of a preset means."""
 PARTS = ("dit", "memory", "text", "codec", "small_codec")
 """Every tensor's key begins with one of these and a dot."""
 

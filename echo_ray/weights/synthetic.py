@@ -24,6 +24,7 @@ from echo_ray.preset import Preset, UMT5Shape
 from echo_ray.weights.layout import Shape, expected
 from echo_ray.weights.lora import LINEARS
 from echo_ray.weights.manifest import progress
+from echo_ray.weights.parts import DTYPES
 from echo_ray.weights.plan import require_published
 from echo_ray.weights.sources import (
     GENERATOR_FILE,
@@ -125,7 +126,7 @@ def _files(preset: Preset, shapes: Mapping[str, Mapping[str, Shape]], style: str
 
 def _generator(preset: Preset, shapes: Mapping[str, Mapping[str, Shape]], style: str) -> _File:
     """As training leaves it: wrapper names in the keys, no memory encoder in the average."""
-    dtype = torch.bfloat16 if preset.dtype == "bfloat16" else torch.float32
+    dtype = DTYPES[preset.dtype]
     memory = dict(shapes.get("memory", {}))
     if memory:
         memory["norm_k_out.weight"] = (preset.dit.dim,)

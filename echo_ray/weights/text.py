@@ -14,6 +14,7 @@ from echo_ray.model.tokens import PromptTokenizer
 from echo_ray.model.umt5 import UMT5Encoder
 from echo_ray.preset import Preset, UMT5Shape
 from echo_ray.weights.folder import WeightsFolder
+from echo_ray.weights.parts import DTYPES
 
 LOG = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class UMT5Prompts:
         if not isinstance(preset.text, UMT5Shape):
             raise ConfigError(f"preset {preset.name}: text.kind is not umt5")
         self._shape, self._dit = preset.text, preset.dit
-        self._dtype = torch.bfloat16 if preset.dtype == "bfloat16" else torch.float32
+        self._dtype = DTYPES[preset.dtype]
         self._folder, self._device, self._target, self._keep = folder, device, target, keep
         self._model: UMT5Encoder | None = None
         length, vocab = preset.dit.text_len, preset.text.vocab
