@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from echo_ray.scenes.captions import write_captions
 from echo_ray.scenes.motion import animate, as_seen
-from echo_ray.scenes.scripts import Script, chunk_of_frames, write_script
+from echo_ray.scenes.scripts import KINDS, Script, chunk_of_frames, write_script
 from echo_ray.scenes.world import Frames
 
-EDITION = 2
+EDITION = 3
 """Another number means that the same seed gives another clip: part of what names stored clips."""
 
 
@@ -31,10 +32,11 @@ def make_clip(
     first: int,
     later: int,
     kind: str | None = None,
+    shares: Mapping[str, float] = KINDS,
 ) -> Clip:
-    """Draw up one clip, of any kind or of the given one; rendering it is the caller's."""
+    """Draw up one clip, of the given kind or of any by its share; rendering it is the caller's."""
     chunk_T = chunk_of_frames(chunks, first, later)
-    script = write_script(rng, chunks, kind)
+    script = write_script(rng, chunks, kind, shares)
     frames = animate(rng, script, size, chunk_T)
     script = as_seen(script, frames, size, chunk_T)
     return Clip(script=script, frames=frames, captions=write_captions(rng, script))

@@ -9,7 +9,7 @@ Shapes: K chunks, T frames, O objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ LEAST_CHUNKS = {"switch": 2, "add": 2, "remove": 2, "border": 3, "hide": 4}
 TWO_OBJECTS = 0.3
 """Share of two objects where the kind does not decide."""
 LONGEST_HIDDEN = 12
+EMPTY_FIRST = 0.75
+"""Share of clips with a hidden object whose first chunk does not show it."""
 FAST, BIG = list(SPEEDS).index("quickly"), list(RADII).index("big")
 
 
@@ -88,12 +90,24 @@ def chunk_of_frames(chunks: int, first: int, later: int) -> Ints:
     return np.repeat(np.arange(chunks), [first] + [later] * (chunks - 1))
 
 
-def write_script(rng: np.random.Generator, chunks: int, kind: str | None = None) -> Script:
+def with_share(kind: str, share: float) -> dict[str, float]:
+    """The shares of all kinds when this one has the given share of all clips."""
+    rest = 1 - KINDS[kind]
+    others = {name: old * (1 - share) / rest for name, old in KINDS.items()}
+    return others | {kind: share}
+
+
+def write_script(
+    rng: np.random.Generator,
+    chunks: int,
+    kind: str | None = None,
+    shares: Mapping[str, float] = KINDS,
+) -> Script:
     """One clip of the given kind, or of a kind drawn by its share."""
     if kind is None:
         feasible = [k for k in KINDS if chunks >= LEAST_CHUNKS.get(k, 1)]
-        shares = np.array([KINDS[k] for k in feasible])
-        kind = str(rng.choice(feasible, p=shares / shares.sum()))
+        weights = np.array([shares[k] for k in feasible])
+        kind = str(rng.choice(feasible, p=weights / weights.sum()))
     elif kind not in KINDS:
         raise ConfigError(f"kind {kind!r}: unknown; one of {', '.join(KINDS)}")
     elif chunks < LEAST_CHUNKS.get(kind, 1):
@@ -178,11 +192,13 @@ def _border(rng: np.random.Generator, draft: _Draft) -> None:
 def _hide(rng: np.random.Generator, draft: _Draft) -> None:
     """The object disappears and comes back where its hidden motion has brought it by then.
 
-    Often the first chunk is empty, so that the sink does not know the object either.
+    Mostly the first chunk is empty, so that the sink does not know the object either, and the
+    absence longer than a window of three chunks, so that nothing but a memory can.
     """
-    appear = int(rng.integers(0, 2)) if draft.chunks > 4 else 0
+    appear = int(rng.random() < EMPTY_FIRST) if draft.chunks > 4 else 0
     leave = appear + int(rng.integers(1, min(3, draft.chunks - 3 - appear) + 1))
-    hidden = int(rng.integers(2, min(LONGEST_HIDDEN, draft.chunks - leave - 1) + 1))
+    longest = min(LONGEST_HIDDEN, draft.chunks - leave - 1)
+    hidden = int(rng.integers(min(3, longest), longest + 1))
     draft.visible_KO[:appear] = False
     draft.visible_KO[leave : leave + hidden] = False
 

@@ -24,6 +24,7 @@ from echo_ray.model.codec import Codec
 from echo_ray.model.words import padded_ids
 from echo_ray.preset import Preset, WordTextShape
 from echo_ray.scenes.clips import Clip, make_clip
+from echo_ray.scenes.scripts import KINDS, with_share
 from echo_ray.scenes.world import render
 from echo_ray.training.recipe import ClipsSection
 from echo_ray.weights.parts import build_codec
@@ -79,7 +80,9 @@ def clip_of(preset: Preset, section: ClipsSection, index: int) -> Clip:
     """Training clip `index`: a function of the seed and the index alone."""
     rng = np.random.default_rng([section.seed, 1, index])
     size = min(preset.height, preset.width)
-    return make_clip(rng, section.chunks, size, preset.first_chunk_frames, preset.frames_per_chunk)
+    first, later = preset.first_chunk_frames, preset.frames_per_chunk
+    shares = KINDS if section.hide_share is None else with_share("hide", section.hide_share)
+    return make_clip(rng, section.chunks, size, first, later, shares=shares)
 
 
 def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
@@ -87,7 +90,8 @@ def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
 
     A few clips stand for the world and its words as they are now.
     """
-    total = hashlib.sha256(f"{section.seed} {section.count} {section.chunks}".encode())
+    asked = f"{section.seed} {section.count} {section.chunks} {section.hide_share}"
+    total = hashlib.sha256(asked.encode())
     for index in range(min(section.count, SAMPLED)):
         clip = clip_of(preset, section, index)
         pixels, _ = render(clip.frames, preset.height, preset.width)

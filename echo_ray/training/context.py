@@ -1,6 +1,6 @@
 """What is done to clean latents before they become a training context, and how they are weighed.
 
-Shapes: B clips, F frames, C channels, H W latents.
+Shapes: B clips, K chunks, F frames, C channels, H W latents.
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ def erase_objects(latents_BFCHW: Tensor, share: float, chunks: int, random: Step
     chosen = (hit < rate_BF[..., None, None]).to(latents_BFCHW.device)
     objects, background = find_objects(latents_BFCHW)
     return torch.where((objects & chosen)[:, :, None], background, latents_BFCHW)
+
+
+def find_returns(hidden_BK: Tensor) -> Tensor:
+    """Chunks [B, K] that show an object again after it has been away."""
+    shown = ~hidden_BK
+    before = shown.int().cumsum(dim=1) - shown.int() > 0
+    was_hidden = hidden_BK.roll(1, dims=1)
+    was_hidden[:, 0] = False
+    return shown & before & was_hidden
 
 
 def draw_repeats(most: int, random: StepRandom) -> int:

@@ -18,7 +18,13 @@ from echo_ray.model.dit import PromptKV
 from echo_ray.model.sampler import Schedule
 from echo_ray.preset import Preset
 from echo_ray.training.bank import Bank, Batch, take
-from echo_ray.training.context import draw_repeats, erase_objects, latent_weight, with_noise
+from echo_ray.training.context import (
+    draw_repeats,
+    erase_objects,
+    find_returns,
+    latent_weight,
+    with_noise,
+)
 from echo_ray.training.fast import dit_forward
 from echo_ray.training.loop import StepRandom
 from echo_ray.training.recipe import PretrainRecipe
@@ -62,8 +68,8 @@ class PretrainStage(VideoStage):
         model, section = self.model, self.section
         batch, chunks = clips.ids_BKL.shape[:2]
         prompts = model.prompts(clips.ids_BKL)
-        hide_memory = random.data.random() < section.hide_memory
-        unrolled = Unrolled(self.preset, None if hide_memory else model.memory, batch, self.device)
+        unrolled = self._cache(batch, random)
+        again = 1 + (section.return_weight - 1) * find_returns(clips.hidden_BK).float()
         rebuilds = random.data.random() < section.rebuild_share
         rebuild_at = int(random.data.integers(2, chunks)) if rebuilds and chunks > 2 else -1
         latents = clips.latents_BFChw
@@ -86,11 +92,19 @@ class PretrainStage(VideoStage):
                 model.dit, x, time, prompt, past, own, NOISY + 1, self.block
             )
             error = (flow[batch:].float() - (noise - clean)).square().mean(dim=2)
-            weight = latent_weight(x0, section.object_weight).repeat(NOISY, 1, 1, 1)
+            weight = latent_weight(x0, section.object_weight) * again[:, k, None, None, None]
+            weight = weight.repeat(NOISY, 1, 1, 1)
             loss = (error * weight).sum() / weight.sum()
             losses.append(loss * (section.first_chunk_weight if k == 0 else 1.0))
             unrolled.keep([(key[:batch], value[:batch]) for key, value in written])
         return torch.stack(losses).sum() / (chunks - 1 + section.first_chunk_weight)
+
+    def _cache(self, batch: int, random: StepRandom) -> Unrolled:
+        """An empty cache, sometimes without a tier, so that every cache policy is served."""
+        section = self.section
+        memory = self.model.memory if random.data.random() >= section.hide_memory else None
+        sink_seen = memory is not None or random.data.random() >= section.hide_sink
+        return Unrolled(self.preset, memory, batch, self.device, sink_seen=sink_seen)
 
     def context(self, latents_BFCHW: Tensor, chunks: int, random: StepRandom) -> Tensor:
         """Clean latents with the errors that generated ones have: lost objects, and noise."""

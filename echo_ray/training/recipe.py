@@ -114,6 +114,9 @@ class ClipsSection:
     chunks: int = 10
     """Chunks a clip: enough to reach the cache's stationary regime."""
     seed: int = 7
+    hide_share: float | None = None
+    """Share of clips whose object hides and comes back: what a memory is learned from. None: as
+    in the world, about one in five."""
     workers: int = 1
     """Processes that render and encode."""
     prompts: str | None = None
@@ -124,6 +127,8 @@ class ClipsSection:
             value = getattr(self, name)
             require(value >= 1, f"clips.{name}", value, "at least 1")
         require(self.chunks >= 2, "clips.chunks", self.chunks, "at least 2")
+        share = self.hide_share is None or 0 <= self.hide_share <= 1
+        require(share, "clips.hide_share", self.hide_share, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,8 +176,12 @@ class PretrainSection:
     lost_objects: float = 0.25
     """Share of clips whose past has chunks where the objects are partly or wholly erased: what a
     prompt names must come back after a failure."""
+    return_weight: float = 1.0
+    """How much more a chunk counts that shows an object again after it has been away."""
     hide_memory: float = 0.15
     """Share of steps that must do without memory, so that every cache policy is served."""
+    hide_sink: float = 0.0
+    """Share of the steps without memory that must do without the sink, too."""
     rebuild_share: float = 0.3
     """Share of steps with one rebuild of the window, as at a prompt switch or a saved point."""
     fast_forward: int = 0
@@ -183,6 +192,11 @@ class PretrainSection:
         require(self.short_chunks >= 2, "pretrain.short_chunks", self.short_chunks, "at least 2")
         positive = self.fast_forward >= 0
         require(positive, "pretrain.fast_forward", self.fast_forward, "0 or more")
+        positive = self.return_weight > 0
+        require(positive, "pretrain.return_weight", self.return_weight, "more than 0")
+        for name in ("hide_memory", "hide_sink"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"pretrain.{name}", share, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

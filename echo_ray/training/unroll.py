@@ -34,6 +34,8 @@ class Unrolled:
         memory: MemoryEncoder | None,
         batch: int,
         device: torch.device | None = None,
+        *,
+        sink_seen: bool = True,
     ) -> None:
         cache, dit = preset.cache, preset.dit
         self.frames = cache.frames_per_chunk
@@ -43,6 +45,7 @@ class Unrolled:
         self.layers = dit.num_layers
         self.policy = choose_policy(cache)
         self.encoder = memory
+        self.sink_seen = sink_seen
         self.batch = batch
         self.chunk = 0
         self.sink: ChunkKV | None = None
@@ -161,13 +164,16 @@ class Unrolled:
         return self.policy.layout(call, self.memory_frames if with_memory else 0)
 
     def _past(self, layout: Layout, chunks: list[ChunkKV], memory: Pair | None) -> Past | None:
-        if self.sink is None:
+        sink = self.sink if self.sink_seen else None
+        if not (sink or memory or chunks):
             return None
         before = layout.local[: len(layout.local) - len(layout.query)]
-        positions = (*layout.sink, *(layout.memory if memory else ()), *before)
+        first = layout.sink if sink else ()
+        positions = (*first, *(layout.memory if memory else ()), *before)
         layers: list[Pair] = []
         for layer in range(self.layers):
-            tiers = [self.sink[layer], *([memory] if memory else []), *(c[layer] for c in chunks)]
+            kept = [sink[layer]] if sink else []
+            tiers = [*kept, *([memory] if memory else []), *(c[layer] for c in chunks)]
             keys = torch.cat([k.float() for k, _ in tiers], dim=1)
             values = torch.cat([v.float() for _, v in tiers], dim=1)
             layers.append((keys, values))

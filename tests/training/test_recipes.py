@@ -14,6 +14,7 @@ from echo_ray.training.recipe import (
     DmdSection,
     FewstepRecipe,
     OptimizerSection,
+    PretrainSection,
     StreamingRecipe,
     learning_rate_factor,
 )
@@ -74,6 +75,7 @@ def test_values_are_changed_from_the_command_line() -> None:
         ("run.device=tpu", r"run\.device: 'tpu'"),
         ("ema.decay=1.0", r"ema\.decay: 1\.0"),
         ("clips.count=0", r"clips\.count: 0"),
+        ("clips.hide_share=1.5", r"clips\.hide_share: 1\.5 is not allowed: from 0 to 1"),
         ("fresh=[codec]", r"fresh: \('codec',\)"),
         ("stage=deploy", r"stage: 'deploy' is not allowed: one of codec, teacher"),
         ("streaming.overlap_chunks=7", r"streaming\.overlap_chunks: 7.*less than"),
@@ -90,6 +92,10 @@ def test_what_cannot_be_is_refused_by_name(assignment: str, message: str) -> Non
 def test_sections_refuse_impossible_numbers() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.betas"):
         OptimizerSection(betas=(0.9, 1.0))
+    with pytest.raises(ConfigError, match=r"pretrain\.return_weight: 0\.0"):
+        PretrainSection(return_weight=0.0)
+    with pytest.raises(ConfigError, match=r"pretrain\.hide_sink: 2"):
+        PretrainSection(hide_sink=2)
     with pytest.raises(ConfigError, match=r"dmd\.low"):
         DmdSection(teacher="x", low=0.99)
     with pytest.raises(ConfigError, match=r"dmd\.ratio"):

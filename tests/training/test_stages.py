@@ -16,7 +16,7 @@ from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset
 from echo_ray.training.bank import bank_digest, load_or_build, take
 from echo_ray.training.codec_stage import CodecStage
-from echo_ray.training.context import draw_repeats, erase_objects, find_objects
+from echo_ray.training.context import draw_repeats, erase_objects, find_objects, find_returns
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import Progress, Stage, run_stage, step_random
 from echo_ray.training.pretrain_stage import pick_clips
@@ -104,6 +104,13 @@ def test_pretraining_learns_a_batch() -> None:
     stage = small_stage("pretrain", pretrain={"short_chunks": 3}, optimizer={"lr": 1e-2})
     losses = losses_of(stage, 12)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_return_is_the_first_sight_after_an_absence() -> None:
+    rows = ("..##..", "##..#.", "......", "######", "#.#.#.")
+    hidden = torch.tensor([[c == "#" for c in row] for row in rows])
+    found = ["".join("r" if r else "." for r in row) for row in find_returns(hidden).tolist()]
+    assert found == ["....r.", ".....r", "......", "......", "...r.r"]
 
 
 def test_objects_are_found_and_erased_from_some_pasts() -> None:

@@ -74,6 +74,32 @@ def test_copies_are_independent_of_each_other() -> None:
         assert torch.allclose(together[rows], alone, atol=1e-5)
 
 
+def test_a_sink_that_is_not_seen_has_no_part_in_anything() -> None:
+    torch.manual_seed(16)
+    preset = small_preset()
+    modules = build_modules(preset)
+    dit, memory = modules.dit, modules.memory
+    prompt = dit.encode_prompt(torch.randn(1, 6, 16))
+    time = dit.condition(torch.zeros(1, 3))
+
+    def last_flow(sink: torch.Tensor, *, seen: bool, with_memory: bool) -> torch.Tensor:
+        unrolled = Unrolled(preset, memory if with_memory else None, 1, sink_seen=seen)
+        for number, clean in enumerate([sink, *chunks_of_latents(6)]):
+            unrolled.evict()
+            past, own = unrolled.view()
+            assert (past is None) == (number == 0 or (number == 1 and not seen))
+            flow, written = dit_forward(dit, clean, time, prompt, past, own, 1)
+            unrolled.keep(written)
+        return flow
+
+    one, other = torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 3, 4, 4, 4)
+    for with_memory in (False, True):
+        blind = [last_flow(s, seen=False, with_memory=with_memory) for s in (one, other)]
+        assert torch.equal(*blind)
+        seeing = [last_flow(s, seen=True, with_memory=with_memory) for s in (one, other)]
+        assert not torch.equal(*seeing)
+
+
 def test_a_rebuild_replaces_every_local_chunk() -> None:
     torch.manual_seed(13)
     preset = small_preset()
