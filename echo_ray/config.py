@@ -7,6 +7,8 @@ it does not know. Only secrets and addresses ever come from the environment, and
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,9 @@ import yaml
 from echo_ray.errors import ConfigError
 
 T = TypeVar("T")
+
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+"""Numbers that YAML 1.1 reads as texts unless they have both a point and a signed exponent."""
 
 
 def require(condition: bool, path: str, value: object, rule: str) -> None:
@@ -240,6 +245,10 @@ def _convert(hint: Any, value: object, at: str) -> Any:
         return tuple(_convert(item, v, f"{at}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        number = float(value)
+        if math.isfinite(number):
+            return number
     exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     if not exact:
         raise ConfigError(
