@@ -80,6 +80,8 @@ class MemoryShape:
     """How many the trained encoder has; None: as many as the latent grid asks for."""
     recache: bool = True
     """Whether a prompt switch rebuilds the memory from the recached window."""
+    gate: bool = True
+    """False: each update's candidate is the new state, an ablation of the paper."""
 
     def __post_init__(self) -> None:
         require(self.frames >= 1, "cache.memory.frames", self.frames, "at least 1")

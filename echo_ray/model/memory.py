@@ -51,8 +51,9 @@ class MemoryEncoder(nn.Module):
         self.connector_proj = nn.Sequential(
             nn.Linear(dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim), RMSNorm(dim, eps)
         )
-        self.gate_linear = nn.Linear(2 * dim, dim)
-        nn.init.constant_(self.gate_linear.bias, 2.0)
+        self.gate_linear = nn.Linear(2 * dim, dim) if memory.gate else None
+        if self.gate_linear is not None:
+            nn.init.constant_(self.gate_linear.bias, 2.0)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.norm_k_out = RMSNorm(dim, eps) if memory.normalize_keys else None
@@ -66,7 +67,9 @@ class MemoryEncoder(nn.Module):
         z_BMC = q_BMC
         for layer in self.layers:
             z_BMC = layer(z_BMC, k_BEHD, v_BEHD)
-        candidate = self.connector_proj(z_BMC)
+        candidate: Tensor = self.connector_proj(z_BMC)
+        if self.gate_linear is None:
+            return candidate
         gate = torch.sigmoid(self.gate_linear(torch.cat([q_BMC, candidate], dim=-1)))
         out: Tensor = gate * q_BMC + (1 - gate) * candidate
         return out
