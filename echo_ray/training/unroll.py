@@ -19,7 +19,7 @@ from echo_ray.model.policies.choose import choose_policy
 from echo_ray.model.policies.policy import CallFrames, Layout
 from echo_ray.model.rope import FrameRope
 from echo_ray.preset import Preset
-from echo_ray.training.fast import Pair, Past
+from echo_ray.training.fast import Pair, Past, turn
 
 ChunkKV = list[Pair]
 """Keys, not rotated, and values of one chunk at t = 0, a pair [B, N, H, D] per layer."""
@@ -53,11 +53,12 @@ class Unrolled:
         self.memory_state: Tensor | None = None
         self.memory: Pair | None = None
         self.device = device or torch.device("cpu")
-        if self.policy.evicts_rotated_keys and memory is not None:
+        recache = cache.memory is not None and cache.memory.recache
+        if self.policy.evicts_rotated_keys and memory is not None and recache:
             raise ConfigError(
-                f"cache.policy: {cache.policy} hands rotated keys to its memory and is not trained "
-                "here; use echo, or window without a memory",
-                param="cache.policy",
+                "cache.memory.recache: true is not trained under the cache policy "
+                f"{cache.policy}, which hands rotated keys to its memory; set it to false",
+                param="cache.memory.recache",
             )
         self._rope = FrameRope(dit.grid_height, dit.grid_width, dit.head_dim, str(self.device))
 
@@ -68,10 +69,20 @@ class Unrolled:
             self.remember(leaving)
 
     def leave(self) -> Pair | None:
-        """Take the chunk that leaves the window now, if any: its last layer's keys and values."""
+        """Take the chunk that leaves the window now, if any: its last layer's keys and values.
+
+        Keys are as the policy's memory reads them: not rotated, or as they stood in the last call.
+        """
         if len(self.local) < self.local_chunks:
             return None
-        return self.local.pop(0)[-1]
+        key, value = self.local.pop(0)[-1]
+        if self.policy.evicts_rotated_keys:
+            before = (self.local_chunks - 1) * self.frames
+            stood = self._layout(
+                (self.chunk - 1) * self.frames, self.frames, before, with_memory=False
+            )
+            key = turn(key.float(), *self._turns(stood.local[: self.frames])).to(key.dtype)
+        return key, value
 
     def remember(self, evicted: Pair, again: int = 0, rows_B: Tensor | None = None) -> None:
         """Update the memory; `again` as often once more in some rows, as if more had left."""
@@ -101,10 +112,11 @@ class Unrolled:
         return self._past(layout, self.local, self.memory), self._turns(layout.query)
 
     def rebuild_view(self) -> tuple[Past | None, Pair]:
-        """What a pass over all local frames at once sees: the sink and themselves."""
+        """What a pass over all local frames at once sees: sink, themselves, memory by policy."""
         end, held = self.chunk * self.frames, len(self.local) * self.frames
-        layout = self._layout(end - held, held, 0, with_memory=False)
-        return self._past(layout, [], None), self._turns(layout.query)
+        memory = self.memory if self.policy.memory_in_bulk else None
+        layout = self._layout(end - held, held, 0, with_memory=memory is not None)
+        return self._past(layout, [], memory), self._turns(layout.query)
 
     def whole_view(self) -> tuple[None, Pair]:
         """What a pass over sink and local frames at once sees: only themselves."""

@@ -48,6 +48,8 @@ CASES = [
     ("euler", {"point_every": 3}, (0, 0, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1)),
     ("renoise", {"recache": False}, (0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 0, 0)),
     ("euler", {"policy": "window"}, (0, 0, 0, 1, 1, 1, 2, 2, 2)),
+    ("renoise", {"policy": "absolute", "recache": False}, (0, 1, 1, 1, 1, 1, 2, 2, 0, 0, 0)),
+    ("euler", {"policy": "absolute", "recache": False, "point_every": 3}, (0,) * 7 + (1,) * 5),
 ]
 
 
