@@ -117,6 +117,8 @@ class ChunkMetadata(Message):
     digest: str
     epoch: int
     prompt: str = ""
+    ignored_words: tuple[str, ...] = ()
+    """Words of `prompt` that the model did not understand; owners of older releases say none."""
     started_event_ids: tuple[str, ...] = ()
     active_event_ids: tuple[str, ...] = ()
     completed_event_ids: tuple[str, ...] = ()

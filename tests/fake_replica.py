@@ -347,6 +347,7 @@ class FakeReplica:
             "digest": hashlib.sha256(data).hexdigest() if fmt == "raw" else "",
             "epoch": lease.epoch,
             "prompt": prompt,
+            "ignored_words": ["lovely"] * ("lovely" in prompt),
             "started_event_ids": started,
             "active_event_ids": [],
             "completed_event_ids": [],

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from echo_ray.errors import EngineError, InvalidRequestError, PromptError, SnapshotForeign
-from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
+from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_words
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.snapshot import Buffer, Snapshot
 
@@ -36,6 +36,9 @@ class FakeClock:
             self._monotonic += seconds
 
 
+UNKNOWN = ("lovely", "sunset")
+
+
 class FakeState:
     """The state of a `FakeEngine` session: a hidden hash that every step folds on."""
 
@@ -54,6 +57,7 @@ class FakeState:
 class FakeEngine:
     """An engine without a model: 8 x 8 frames that follow from clip, seed, prompts and every step.
 
+    It does not know the words in `UNKNOWN`.
     `delay_s` is slept in each step. `failing` holds chunk indices whose next step fails, once each.
     `fingerprint` changes the bits, as another kind of device would.
     """
@@ -133,6 +137,7 @@ class FakeEngine:
             digest=frames_digest(frames),
             drift=DriftReading(index / 100),
             prompt=state.prompt,
+            ignored_words=named_words(w for w in state.prompt.split() if w in UNKNOWN),
             stage_seconds={"denoise": self.delay_s, "decode": 0.0},
         )
 

@@ -51,6 +51,7 @@ SERVER = st.one_of(
         digest=WORD,
         epoch=INDEX,
         prompt=WORD,
+        ignored_words=st.lists(WORD, max_size=3).map(tuple),
         started_event_ids=st.lists(WORD, max_size=3).map(tuple),
         active_event_ids=st.lists(WORD, max_size=3).map(tuple),
         completed_event_ids=st.lists(WORD, max_size=3).map(tuple),
@@ -212,3 +213,11 @@ def test_an_unknown_code_keeps_its_words_and_whether_to_retry() -> None:
     assert back.retryable
     assert "new_trouble" in back.message
     assert not wire.error_from({"code": "new_trouble"}).retryable
+
+
+def test_a_segment_of_an_older_release_ignores_no_words() -> None:
+    head = {"chunk_index": 0, "num_frames": 9, "pts_ms": 0, "byte_length": 3}
+    text = json.dumps({"type": "video.chunk_metadata", **head, "digest": "d", "epoch": 1})
+    message = wire.parse_server(text)
+    assert isinstance(message, wire.ChunkMetadata)
+    assert message.ignored_words == ()

@@ -32,7 +32,7 @@ from echo_ray.errors import (
 )
 from echo_ray.model.codec import CodecState
 from echo_ray.preset import Preset
-from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
+from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_words
 from echo_ray.session.engine_port import StreamShape, stream_shape
 from echo_ray.session.snapshot import Snapshot
 from echo_ray.weights.modules import Modules
@@ -128,6 +128,7 @@ class EchoEngine:
             digest=frames_digest(data),
             drift=drift,
             prompt=state.prompt.text,
+            ignored_words=named_words(self.understood(state.prompt.text)[1]),
             stage_seconds=stages.seconds,
         )
 

@@ -48,6 +48,7 @@ class Segment:
             "digest": self.chunk.digest,
             "epoch": epoch,
             "prompt": self.chunk.prompt,
+            "ignored_words": list(self.chunk.ignored_words),
             "started_event_ids": list(self.marks.started),
             "active_event_ids": list(self.marks.active),
             "completed_event_ids": list(self.marks.completed),

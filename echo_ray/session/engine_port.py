@@ -95,7 +95,8 @@ class Engine(Protocol):
         """Generate chunk `state.next_index` and advance the state by it.
 
         `prompts`: the switches pinned to this chunk, in log order (the last one stands). A failed
-        step leaves the state unusable and says so with `EngineError`; load it again.
+        step leaves the state unusable and says so with `EngineError`; load it again. The chunk's
+        `ignored_words` follow from its prompt alone, so they are the same whoever generates it.
         """
         ...
 

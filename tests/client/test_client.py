@@ -49,6 +49,7 @@ def test_the_verbs() -> None:
                 if segment.index == 5:
                     break
             assert [s.metadata.prompt for s in seen] == ["red"] * 3 + ["blue"] * 3
+            assert not any(s.metadata.ignored_words for s in seen)
             assert await client.segment(sid, 2) == frames(7, 2, "red")
             assert await client.snapshots(sid) == []
             with pytest.raises(ConflictError, match="first point comes at chunk 4"):
@@ -67,6 +68,23 @@ def test_the_verbs() -> None:
             with pytest.raises(PromptError) as caught:
                 await client.create("")
             assert caught.value.param == "prompt"
+
+    run(test)
+
+
+def test_ignored_words_come_with_each_segment() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replica("a")
+        rig.router()
+        async with client_of(rig) as client:
+            sid = (await client.create("a lovely ball", seed=7, pace="max"))["id"]
+            await client.send_event(sid, "blue", at_chunk=2)
+            seen = []
+            async for segment in client.segments(sid, start=0):
+                seen.append(segment.metadata.ignored_words)
+                if segment.index == 3:
+                    break
+        assert seen == [("lovely",), ("lovely",), (), ()]
 
     run(test)
 
@@ -175,7 +193,7 @@ def test_patience_ends_and_says_so() -> None:
     asyncio.run(test())
 
 
-def metadata(index: int, data: bytes, digest: str = "") -> str:
+def metadata(index: int, data: bytes, digest: str = "", **more: Any) -> str:
     return wire.encode(
         wire.ChunkMetadata(
             chunk_index=index,
@@ -184,6 +202,7 @@ def metadata(index: int, data: bytes, digest: str = "") -> str:
             byte_length=len(data),
             digest=digest,
             epoch=1,
+            **more,
         )
     )
 
@@ -195,6 +214,7 @@ def metadata(index: int, data: bytes, digest: str = "") -> str:
         ([metadata(1, b"abc"), b"abc"], "came where 0 was due"),
         ([metadata(0, b"abc"), b"abcd"], "4 bytes; 3 were announced"),
         ([metadata(0, b"abc", "0" * 64), b"abc"], "does not match its digest"),
+        ([metadata(0, b"abc", ignored_words=("",)).replace('""]', "1]")], "not a list of strings"),
         (["nope"], "not JSON"),
     ],
 )

@@ -56,6 +56,26 @@ def test_the_last_of_several_switches_stands() -> None:
     assert first.digest == second.digest
 
 
+def test_a_chunk_names_the_words_that_its_own_prompt_wasted() -> None:
+    engine, lovely = small_engine(point_every=2), "A lovely red ball, lovely at the sunset"
+    assert engine.understood(lovely) == (["red", "ball"], ["lovely", "lovely", "at", "sunset"])
+    state = engine.open(lovely, 3)
+    named = [engine.step(state, ["a green box"] * (n == 1)).ignored_words for n in range(2)]
+    assert named == [("lovely", "at", "sunset"), ()]
+    engine.step(state, ["anything else"])
+    engine.step(state)
+    again = small_engine(point_every=2).load(engine.save(state))
+    assert engine.step(state).ignored_words == ("anything", "else")
+    assert small_engine(point_every=2).step(again).ignored_words == ("anything", "else")
+
+
+def test_a_chunk_of_a_long_prompt_names_some_of_its_words() -> None:
+    engine = small_engine()
+    words = [chr(97 + n) * (n + 2) for n in range(20)]
+    named = engine.step(engine.open(" ".join(words), 3)).ignored_words
+    assert named == (*words[:16], "…")
+
+
 def test_prompt_and_seed_matter() -> None:
     engine = small_engine()
     digests = {

@@ -1,4 +1,5 @@
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -275,6 +276,7 @@ def test_single_segments_over_http_and_what_they_refuse():
     with Replicas(retention_chunks=8) as bench, httpx.Client() as http:
         replica = bench.start("r1")
         bench.session()
+        bench.directory.append_control("s1", "e", "a lovely dot", at_chunk=9)
         epoch = bench.claim(replica)
         asyncio.run(watch(replica, epoch))
 
@@ -284,8 +286,11 @@ def test_single_segments_over_http_and_what_they_refuse():
 
         answer = get(9)
         assert answer.status_code == 200
-        assert frames_digest(answer.content) == truth(10)[9] == answer.headers["x-echo-digest"]
+        digest = truth(10, switches={9: ["a lovely dot"]})[9]
+        assert frames_digest(answer.content) == digest == answer.headers["x-echo-digest"]
         assert answer.headers["x-echo-chunk-index"] == "9"
+        head = json.loads(answer.headers["x-echo-metadata"])
+        assert (head["type"], head["ignored_words"]) == ("video.chunk_metadata", ["lovely"])
         assert get(9, format="jpeg").headers["content-type"].startswith("video/")
         for n, query, status, code in [
             (12, {}, 400, "segment_beyond_end"),

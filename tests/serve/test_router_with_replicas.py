@@ -100,6 +100,42 @@ def test_migrations_change_no_bit() -> None:
     run(test)
 
 
+def test_ignored_words_follow_the_prompt_wherever_a_chunk_comes_from() -> None:
+    async def test(replicas: Replicas, client: EchoClient) -> None:
+        replicas.start("a")
+        replicas.start("b")
+        sid = (await client.create("a lovely red circle at sunset", seed=7, pace="max"))["id"]
+        switched, back = 99, 99
+        seen = []
+        async for segment in client.segments(sid, start=0):
+            seen.append(segment)
+            if segment.index == 5:
+                switched = await client.send_event(sid, "blue")
+                back = await client.send_event(sid, "sunset", at_chunk=switched + 6)
+            if segment.index == 9:
+                replicas.crash(owner(replicas, sid))
+                replicas.start("c")
+            if segment.index == 24:
+                await client.migrate(sid)
+            if segment.index == 40:
+                break
+        expected = [
+            ("lovely", "sunset") if n < switched else () if n < back else ("sunset",)
+            for n in range(41)
+        ]
+        assert 5 < switched < back < 24
+        assert [s.metadata.ignored_words for s in seen] == expected
+        assert len({s.metadata.owner for s in seen}) == 3
+        again = []
+        async for segment in client.segments(sid, start=2):
+            again.append(segment.metadata.ignored_words)
+            if segment.index == 40:
+                break
+        assert again == expected[2:]
+
+    run(test)
+
+
 def test_pause_resume_and_past_segments() -> None:
     async def test(replicas: Replicas, client: EchoClient) -> None:
         replicas.start("a")
