@@ -156,6 +156,7 @@ def test_serve_refuses_a_damaged_store_before_it_starts_anything(capsys, tmp_pat
         (("a red ball", "--seconds", "0"), "--seconds 0.0"),
         (("a red ball", "--switch", "green"), "--switch 'green'"),
         (("a red ball", "--switch", "x=green"), "--switch 'x=green'"),
+        (("a red ball", "--switch", "1=" + "x" * 2001), "switch has 2001 characters"),
         (("a red ball", "--out", "/nowhere/clip.mp4"), "its folder does not exist"),
     ],
 )
@@ -167,9 +168,22 @@ def test_play_writes_a_clip_and_a_sheet(capsys, tmp_path):
     out, sheet = tmp_path / "clip.mp4", tmp_path / "sheet.png"
     words = ["--seconds", "2", "--out", str(out), "--sheet", str(sheet), "--switch", "1=a red ball"]
     assert main(["play", "a green square on a black background", *words]) == 0
-    assert "33 frames, 2.06 s of video" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "33 frames, 2.06 s of video" in said
+    assert "not understood" not in said
     assert out.stat().st_size > 1000
     assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_play_says_once_for_each_prompt_what_was_not_understood(capsys, tmp_path):
+    words = ["--seconds", "0.5", "--out", str(tmp_path / "clip.mp4")]
+    switches = ["--switch", "0.5=a nice day", "--switch", "0.2=a blue ball"]
+    assert main(["play", "A lovely red ball in a sunset", *words, *switches]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "understood" in line]
+    assert said == [
+        "not understood: lovely, sunset",
+        "not understood: nice, day (from second 0.5)",
+    ]
 
 
 def test_play_goes_on_from_a_picture(capsys, tmp_path):

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from echo_ray.engine.build import build_engine
     from echo_ray.engine.clip import contact_sheet, write_clip
     from echo_ray.errors import InvalidRequestError
+    from echo_ray.session.chunk import named_words
     from echo_ray.session.rules import check_prompt, check_seed
 
     config = from_mapping(EchoConfig, with_overrides({}, args.assignments))
@@ -50,11 +51,15 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequestError(f"--seconds {args.seconds}: give more than 0, at most 3600")
     if not args.out.resolve().parent.is_dir():
         raise InvalidRequestError(f"--out {args.out}: its folder does not exist; create it first")
-    switches = [_switch(text) for text in args.switch]
+    switches = sorted(_switch(text) for text in args.switch)
+    for _, prompt in switches:
+        check_prompt(prompt, config.limits, param="switch")
     engine = build_engine(config.model)
     clip = _clip(args.clip, engine, config.limits)
-    understood, ignored = engine.understood(args.prompt)
-    print(f"understood: {' '.join(understood) or '-'}   ignored: {' '.join(ignored) or '-'}")
+    for at, prompt in [(0.0, args.prompt), *switches]:
+        if ignored := named_words(engine.understood(prompt)[1]):
+            since = f" (from second {at:g})" if at else ""
+            print(f"not understood: {', '.join(ignored)}{since}")
     kept: list[Chunk] = []
     started = time.perf_counter()
     chunks = _generate(engine, args.prompt, args.seed, args.seconds, switches, clip)
@@ -82,7 +87,7 @@ def _generate(
 
     shape, state = engine.shape, engine.open(prompt, seed, clip)
     total = next(n for n in range(1, 10**6) if shape.start_s(n) >= seconds)
-    waiting = sorted(switches)
+    waiting = switches
     for index in tqdm(range(total), unit="chunk"):
         due = [text for at, text in waiting if at <= shape.start_s(index)]
         waiting = waiting[len(due) :]

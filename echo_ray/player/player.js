@@ -90,9 +90,14 @@ function renderDrift(drift) {
   }
 }
 
+function showPrompt(prompt, ignored = []) {
+  setText("effect", prompt);
+  setText("ignored", ignored.length > 0 ? `not understood: ${ignored.join(", ")}` : "");
+}
+
 function chunkShown(metadata) {
   showHint("");
-  if (metadata.prompt) setText("effect", metadata.prompt);
+  if (metadata.prompt) showPrompt(metadata.prompt, metadata.ignored_words);
   const started = metadata.started_event_ids ?? [];
   if (started.length === 0) return;
   showEvent(`chunk ${metadata.chunk_index}: ${metadata.prompt}`);
@@ -125,7 +130,7 @@ function openSession(session, from) {
   showHint("Waiting for the first picture…");
   element("events").replaceChildren();
   setText("switch-note", "");
-  setText("effect", session.prompt ?? "–");
+  showPrompt(session.prompt ?? "–");
   setText("session", session.id);
   state.pending = null;
   const url = new URL(location.href);

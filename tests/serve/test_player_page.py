@@ -62,6 +62,7 @@ class FakeService:
         self.twist = lambda index: index
         self.error = None
         self.clip = None
+        self.ignored = {}
 
     def application(self):
         return Starlette(
@@ -163,6 +164,7 @@ class FakeService:
             "type": "video.chunk_metadata", "chunk_index": index, "num_frames": chunk.num_frames,
             "pts_ms": SHAPE.start_s(index) * 1000, "byte_length": len(segment),
             "digest": chunk.digest, "epoch": self.epoch, "prompt": self.prompts[since],
+            **self.ignored.get(self.prompts[since], {}),
             "started_event_ids": event, "active_event_ids": [], "completed_event_ids": [],
             "discontinuity": False, "drift": {"score": 0.12, "flags": ["frozen"] * (index == 3)},
             "owner": self.owner, "chunk_seconds": 0.2,
@@ -261,6 +263,22 @@ class TestInBrowser:
         assert 3 < streams[1][1] <= received
         browser.wait_for(chunk_at_least(received + 1))
         assert browser.run("document.getElementById('alert').hidden")
+        assert browser.complaints == []
+
+    def test_words_that_were_not_understood_stand_under_their_prompt(self, service, browser):
+        service.ignored["an orange bar"] = {"ignored_words": ["lovely", "<b>sunset</b>"]}
+        service.ignored["a blue bar"] = {"ignored_words": []}
+        shown = "getComputedStyle(document.getElementById('ignored')).display !== 'none'"
+        start(browser, service, "jpeg")
+        browser.wait_for(chunk_at_least(1))
+        assert browser.text("ignored") == "not understood: lovely, <b>sunset</b>"
+        assert browser.run(shown)
+        for prompt in ("a blue bar", "a bar of an older owner"):
+            browser.fill("switch", prompt)
+            browser.click("#switch-form button")
+            browser.wait_for(f"document.getElementById('effect').textContent === '{prompt}'")
+            assert browser.text("ignored") == ""
+            assert not browser.run(shown)
         assert browser.complaints == []
 
     def test_picture_is_what_was_sent(self, service, browser):
