@@ -12,7 +12,7 @@ import torch
 from echo_ray.preset import Preset
 from echo_ray.weights.modules import Modules
 
-CODE_EPOCH = 2
+CODE_EPOCH = 3
 """Raised whenever a change of code changes bits, or what a snapshot holds."""
 
 
