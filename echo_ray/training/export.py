@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +24,7 @@ from echo_ray.weights.manifest import FileRecord, file_record, write_manifest
 
 FILE = "weights.safetensors"
 ADAPTER = "lora.safetensors"
+PRESET = "preset.toml"
 
 
 def write_weights(
@@ -30,7 +34,7 @@ def write_weights(
     folder: Path,
     start: WeightsFolder | None = None,
 ) -> None:
-    """Write the model's `dit.`, `memory.` and `text.`, the codec's `codec.`, and a manifest.
+    """Write the model's `dit.`, `memory.` and `text.`, the codec's `codec.`, manifest and preset.
 
     What a LoRA has changed is merged in; the adapter alone lies beside it, in the published layout.
     A model whose prompts are read by an encoder of its own has that, and its codec, linked from the
@@ -47,9 +51,26 @@ def write_weights(
     if frozen and start is not None:
         records.update(_linked(start, folder))
     write_manifest(folder, preset, records)
+    (folder / PRESET).write_text(preset_text(preset), encoding="utf-8")
     adapter = {} if model is None else adapter_tensors(model.dit)
     if adapter:
         _save(adapter, folder / ADAPTER, dtype)
+
+
+def preset_text(preset: Preset) -> str:
+    """A `preset.toml`; read, it is this preset again."""
+    return "\n".join(_table("", asdict(preset))) + "\n"
+
+
+def _table(path: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of a table and those inside it. What is None is left out, for TOML cannot say it."""
+    for key, value in values.items():
+        if value is not None and not isinstance(value, Mapping):
+            yield f"{key} = {json.dumps(value)}"
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{path}{key}]"
+            yield from _table(f"{path}{key}.", value)
 
 
 def _linked(start: WeightsFolder, folder: Path) -> dict[str, FileRecord]:

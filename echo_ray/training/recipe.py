@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 from echo_ray.config import require
+from echo_ray.preset import CacheShape
 
 STAGES = ("codec", "teacher", "pretrain", "fewstep", "streaming")
 """In the order in which each can begin from those before it."""
@@ -33,6 +34,8 @@ class RunSection:
     checkpoint_every_s: float = 300.0
     sheet_chunks: int = 10
     """Length of the samples drawn at every checkpoint; 0 draws none."""
+    folder: str | None = None
+    """Below --out. None: the stage's name."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "run.steps", self.steps, "at least 1")
@@ -42,6 +45,8 @@ class RunSection:
         require(self.device in ("cpu", "cuda"), "run.device", self.device, "cpu or cuda")
         require(1 <= self.threads <= 256, "run.threads", self.threads, "1 to 256")
         require(self.sheet_chunks >= 0, "run.sheet_chunks", self.sheet_chunks, "0 or more")
+        plain = self.folder is None or self.folder.replace("_", "").isalnum()
+        require(plain, "run.folder", self.folder, "letters, digits and underscores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -298,10 +303,12 @@ class VideoRecipe:
     stage: str
     run: RunSection
     init_from: str
-    """Weights folder of the stage before; `{out}` stands for the run's folder."""
+    """Weights folder to begin from; `{out}` is the run's folder, `{preset}` the preset's."""
     fresh: tuple[str, ...] = ()
     """Parts (dit, memory, text) that begin from nothing; all others must be in that folder."""
     preset: str = "echo-tiny"
+    cache: CacheShape | None = None
+    """In place of the preset's; a recipe's file names only what differs."""
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     ema: EmaSection = field(default_factory=EmaSection)
     lora: LoraSection | None = None

@@ -1,15 +1,20 @@
-"""Recipes from TOML files: found by path or packaged name, read strictly."""
+"""Recipes from TOML files: found by path or packaged name, read strictly.
+
+A section `[cache]` changes the preset's cache; what it does not name stays as it is.
+"""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from echo_ray.config import from_mapping, with_overrides
 from echo_ray.errors import ConfigError
+from echo_ray.preset import CacheShape, load_preset, preset_folder
 from echo_ray.training.recipe import (
     STAGES,
     CodecRecipe,
@@ -18,15 +23,18 @@ from echo_ray.training.recipe import (
     Recipe,
     StreamingRecipe,
     TeacherRecipe,
+    VideoRecipe,
 )
 
 CONFIGS = Path(str(resources.files("echo_ray") / "training" / "configs"))
-OUT = "{out}"
-"""Stands for the run's folder in the folders that a recipe names."""
+OUT, PRESET = "{out}", "{preset}"
+"""Stand for the run's folder, and the preset's own, in the folders that a recipe names."""
+
+V = TypeVar("V", bound=VideoRecipe)
 
 
 def find_recipes(name: str) -> list[Path]:
-    """The file of that name, or all of a folder, in the order of their stages.
+    """The file of that name, or all of a folder, in the order of their stages and names.
 
     A name that is no path is looked for among the packaged recipes. Raises `ConfigError`.
     """
@@ -35,7 +43,8 @@ def find_recipes(name: str) -> list[Path]:
             return [path]
         files = sorted(path.glob("*.toml")) if path.is_dir() else []
         if files:
-            return sorted(files, key=lambda file: STAGES.index(_stage(_read(file), file)))
+            stages = {file: STAGES.index(_stage(_read(file), file)) for file in files}
+            return sorted(files, key=lambda file: (stages[file], file.name))
     known = sorted(str(f.relative_to(CONFIGS).with_suffix("")) for f in CONFIGS.rglob("*.toml"))
     raise ConfigError(
         f"recipe {name!r} is neither a TOML file, a folder of such, nor one of {', '.join(known)}",
@@ -50,17 +59,41 @@ def read_recipe(file: Path, assignments: Sequence[str] = ()) -> Recipe:
         case "codec":
             return from_mapping(CodecRecipe, data)
         case "teacher":
-            return from_mapping(TeacherRecipe, data)
+            return _video_recipe(TeacherRecipe, data)
         case "pretrain":
-            return from_mapping(PretrainRecipe, data)
+            return _video_recipe(PretrainRecipe, data)
         case "fewstep":
-            return from_mapping(FewstepRecipe, data)
+            return _video_recipe(FewstepRecipe, data)
         case _:
-            return from_mapping(StreamingRecipe, data)
+            return _video_recipe(StreamingRecipe, data)
 
 
-def named_folder(text: str, out: Path) -> Path:
-    """A folder that a recipe names, with the run's folder in its place."""
+def _video_recipe(kind: type[V], data: Mapping[str, Any]) -> V:
+    """The recipe with a whole cache, if its file names any part of one."""
+    recipe = from_mapping(kind, {k: v for k, v in data.items() if k != "cache"})
+    if data.get("cache") is None:
+        return recipe
+    preset = load_preset(recipe.preset)
+    cache = from_mapping(CacheShape, _changed(asdict(preset.cache), data["cache"]), "cache")
+    # Built once here, so that a cache that no preset can have is refused before anything begins.
+    changed = replace(preset, cache=cache)
+    return replace(recipe, cache=changed.cache)
+
+
+def _changed(values: object, changes: object) -> object:
+    """The changes, and the values where they say nothing."""
+    if not isinstance(values, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**values, **{k: _changed(values.get(k), v) for k, v in changes.items()}}
+
+
+def named_folder(text: str, out: Path, preset: str) -> Path:
+    """A folder that a recipe names, with the run's and the preset's folder in their places.
+
+    Raises `ModelUnknown` where the preset's is asked for and there is none.
+    """
+    if PRESET in text:
+        text = text.replace(PRESET, str(preset_folder(preset)))
     return Path(text.replace(OUT, str(out)))
 
 

@@ -51,19 +51,19 @@ def train(
     resume: bool = False,
     minutes: float | None = None,
 ) -> list[Progress]:
-    """Carry out one recipe after the other, each into the folder of its stage in `out`.
+    """Carry out one recipe after the other, each into a folder of its own in `out`.
 
     All recipes are read before the first begins. Raises `ConfigError`, `ModelUnknown`,
     `WeightsError`.
     """
     files = [file for name in names for file in find_recipes(name)]
     recipes = [read_recipe(file, assignments) for file in files]
-    stages = [recipe.stage for recipe in recipes]
-    for stage in stages:
-        if stages.count(stage) > 1:
+    folders = [folder_name(recipe) for recipe in recipes]
+    for recipe, folder in zip(recipes, folders, strict=True):
+        if folders.count(folder) > 1:
             raise ConfigError(
-                f"two recipes of the stage {stage}, which has one folder in {out}; give them one "
-                "after the other, each with an --out of its own",
+                f"two recipes of the stage {recipe.stage} would share the folder {out / folder}; "
+                "give each a run.folder, or one after the other, each with an --out of its own",
                 param="--config",
             )
     if minutes is not None:
@@ -76,8 +76,8 @@ def carry_out(recipe: Recipe, out: Path, *, resume: bool) -> Progress:
     run = recipe.run
     torch.set_num_threads(run.threads)
     torch.manual_seed(run.seed)
-    stage = make_stage(load_preset(recipe.preset), recipe, out)
-    folder = out / recipe.stage
+    stage = make_stage(preset_of(recipe), recipe, out)
+    folder = out / folder_name(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(recipe), indent=1)
     (folder / "recipe.json").write_text(text + "\n", encoding="utf-8")
@@ -90,6 +90,18 @@ def carry_out(recipe: Recipe, out: Path, *, resume: bool) -> Progress:
         checkpoint_every_s=run.checkpoint_every_s,
         schedule=recipe.optimizer.schedule,
     )
+
+
+def folder_name(recipe: Recipe) -> str:
+    return recipe.run.folder or recipe.stage
+
+
+def preset_of(recipe: Recipe) -> Preset:
+    """The recipe's preset, with its own cache if it has one. Raises `ModelUnknown`."""
+    preset = load_preset(recipe.preset)
+    if isinstance(recipe, VideoRecipe) and recipe.cache is not None:
+        preset = replace(preset, cache=recipe.cache)
+    return preset
 
 
 def make_stage(preset: Preset, recipe: Recipe, out: Path) -> Stage:
@@ -111,16 +123,17 @@ def make_stage(preset: Preset, recipe: Recipe, out: Path) -> Stage:
 
 def _materials(preset: Preset, recipe: VideoRecipe, out: Path) -> Materials:
     device = training_device(recipe.run.device)
-    start = named_folder(recipe.init_from, out)
+    start = named_folder(recipe.init_from, out, recipe.preset)
     codec = load_codec(preset, start, device)
     whole = isinstance(recipe, TeacherRecipe)
     model = load_video_model(preset, start, recipe.fresh, device, with_memory=not whole)
     teacher: VideoModel | None = None
     if isinstance(recipe, RolloutRecipe) and recipe.dmd is not None:
-        folder = named_folder(recipe.dmd.teacher, out)
+        folder = named_folder(recipe.dmd.teacher, out, recipe.preset)
         teacher = load_video_model(preset, folder, (), device, with_memory=False)
     if recipe.clips.prompts is not None:
-        bank = prompt_bank(preset, recipe.clips, named_folder(recipe.clips.prompts, out))
+        prompts = named_folder(recipe.clips.prompts, out, recipe.preset)
+        bank = prompt_bank(preset, recipe.clips, prompts)
     else:
         bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
     read_captions(preset, start, bank.captions, model, teacher)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from echo_ray.errors import ConfigError
-from echo_ray.preset import load_preset
+from echo_ray.errors import ConfigError, ModelUnknown
+from echo_ray.preset import PRESETS, load_preset
 from echo_ray.training.recipe import (
     STAGES,
     Budget,
     DmdSection,
     FewstepRecipe,
     OptimizerSection,
+    PretrainRecipe,
     PretrainSection,
     StreamingRecipe,
     learning_rate_factor,
 )
 from echo_ray.training.recipe_file import CONFIGS, find_recipes, named_folder, read_recipe
+from echo_ray.training.train import preset_of
 
 PACKAGED = sorted(CONFIGS.rglob("*.toml"))
 
@@ -82,6 +86,14 @@ def test_values_are_changed_from_the_command_line() -> None:
         ("streaming.bptt_clips=0", r"streaming\.bptt_clips: 0"),
         ("rollout.fast_forward=-1", r"rollout\.fast_forward: -1"),
         ("rollout.batch=0", r"rollout\.batch: 0"),
+        ("run.folder=a/b", r"run\.folder: 'a/b' is not allowed: letters, digits and underscores"),
+        ("run.folder=..", r"run\.folder: '\.\.'"),
+        ("run.folder=''", r"run\.folder: ''"),
+        ("cache=echo", r"cache: expected a mapping"),
+        ("cache.polycy=absolute", r"cache\.polycy: unknown \(did you mean policy\?\)"),
+        ("cache.memory.gate=3", r"cache\.memory\.gate: expected bool, got 3"),
+        ("cache.memory.frames=0", r"cache\.memory\.frames: 0"),
+        ("cache.window_frames=13", r"cache\.sink_frames: 3 .* a window of whole chunks"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(assignment: str, message: str) -> None:
@@ -108,7 +120,7 @@ def test_recipes_are_found_by_path_name_or_folder(tmp_path: Path) -> None:
     assert find_recipes(str(own)) == [own]
     assert find_recipes(str(tmp_path)) == [own]
     assert find_recipes("smoke/pretrain") == [CONFIGS / "smoke" / "pretrain.toml"]
-    with pytest.raises(ConfigError, match="nor one of codec, dmd, echo-infinity/fewstep"):
+    with pytest.raises(ConfigError, match=r"nor one of ablations/absolute, .*no_gate, codec, dmd"):
         find_recipes("nonsense")
     own.write_text("stage = ")
     with pytest.raises(ConfigError, match="cannot be read as a recipe"):
@@ -118,9 +130,64 @@ def test_recipes_are_found_by_path_name_or_folder(tmp_path: Path) -> None:
         read_recipe(own)
 
 
-def test_folders_are_named_from_the_runs_own() -> None:
-    assert named_folder("{out}/codec", Path("runs/a")) == Path("runs/a/codec")
-    assert named_folder("elsewhere", Path("runs/a")) == Path("elsewhere")
+def test_folders_are_named_from_the_runs_own_and_the_presets() -> None:
+    out = Path("runs/a")
+    assert named_folder("{out}/codec", out, "echo-tiny") == Path("runs/a/codec")
+    assert named_folder("elsewhere", out, "nothing") == Path("elsewhere")
+    assert named_folder("{preset}", out, "echo-tiny") == PRESETS / "echo-tiny"
+    with pytest.raises(ModelUnknown, match="model 'nothing' is unknown"):
+        named_folder("{preset}", out, "nothing")
+
+
+def test_a_recipe_changes_a_part_of_the_presets_cache(tmp_path: Path) -> None:
+    file, preset = tmp_path / "own.toml", load_preset("echo-tiny")
+    plain = 'stage = "pretrain"\ninit_from = "x"\n[run]\nsteps = 2\n'
+    file.write_text(plain)
+    recipe = read_recipe(file)
+    assert isinstance(recipe, PretrainRecipe)
+    assert recipe.cache is None
+    assert preset_of(recipe) == preset
+    file.write_text(plain + "[cache]\nposition_limit = 24\n[cache.memory]\nframes = 1\n")
+    assert preset.cache.memory is not None
+    memory = replace(preset.cache.memory, frames=1)
+    changed = replace(preset.cache, position_limit=24, memory=memory)
+    assert preset_of(read_recipe(file)) == replace(preset, cache=changed)
+    without = preset_of(read_recipe(file, ["cache.memory=null"]))
+    assert without.cache == replace(changed, memory=None)
+    with pytest.raises(ConfigError, match="cache: unknown"):
+        read_recipe(find_recipes("codec")[0], ["cache.policy=absolute"])
+
+
+def test_ablations_differ_in_one_value_each_and_in_nothing_else() -> None:
+    recipes = {file.stem: read_recipe(file) for file in find_recipes("ablations")}
+    assert list(recipes) == ["absolute", "memory_1", "memory_3", "memory_5", "no_gate"]
+    baseline = recipes["memory_3"]
+    assert preset_of(baseline) == load_preset("echo-tiny")
+    assert isinstance(baseline, PretrainRecipe)
+    assert (baseline.init_from, baseline.fresh) == ("{preset}", ("memory",))
+    differing = {}
+    for name, recipe in recipes.items():
+        assert isinstance(recipe, PretrainRecipe)
+        assert recipe.run.folder == name
+        run = replace(recipe.run, folder=baseline.run.folder)
+        assert replace(recipe, run=run, cache=None) == baseline
+        ours, theirs = (flat(asdict(preset_of(r).cache)) for r in (recipe, baseline))
+        differing[name] = {key: ours[key] for key in ours if ours[key] != theirs[key]}
+    assert differing == {
+        "absolute": {"policy": "absolute"},
+        "memory_1": {"memory.frames": 1},
+        "memory_3": {},
+        "memory_5": {"memory.frames": 5},
+        "no_gate": {"memory.gate": False},
+    }
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Values by their whole path."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
