@@ -73,6 +73,16 @@ def test_the_text_encoder_can_be_let_go_of(model: Converted) -> None:
     assert not text_of(dropped).loaded
 
 
+def test_a_model_that_reads_any_text_ignores_only_what_is_beyond_its_length(
+    model: Converted,
+) -> None:
+    engine = engine_of(model)
+    assert engine.step(engine.open("zxqv", 1)).ignored_words == ()
+    long = engine.step(engine.open(" ".join(f"w{n}" for n in range(900)), 1)).ignored_words
+    assert len(long) == 17
+    assert long[-1] == "…"
+
+
 def test_a_clip_is_encoded_by_the_model_s_own_encoder(model: Converted) -> None:
     for vae in ("wan", "tiny"):
         engine = engine_of(model, vae=vae)
