@@ -39,18 +39,19 @@ FIGURES = ("background", "count", "colour", "shape")
 
 @dataclass(slots=True)
 class Verdicts:
-    """Frame by frame: what the detector read, right or wrong."""
+    """What the detector read, right or wrong: frame by frame, summed up by clip."""
 
-    right: dict[str, list[bool]] = field(default_factory=lambda: {n: [] for n in FIGURES})
+    clips: dict[str, list[Rate]] = field(default_factory=lambda: {n: [] for n in FIGURES})
 
     def take(self, seen: Sequence[Seen], truth: Frames) -> None:
         """Compare a clip's frames with the truth; only those where no object hides another."""
+        right: dict[str, list[bool]] = {name: [] for name in FIGURES}
         for t in np.flatnonzero(apart(truth)).tolist():
             shown = np.flatnonzero(truth.visible_TO[t])
             found = seen[t]
             behind = BACKGROUND_NAMES[truth.background_T[t]]
-            self.right["background"].append(found.background == behind)
-            self.right["count"].append(len(found.objects) == len(shown))
+            right["background"].append(found.background == behind)
+            right["count"].append(len(found.objects) == len(shown))
             for o in shown:
                 nearest = min(
                     found.objects,
@@ -61,8 +62,13 @@ class Verdicts:
                 )
                 colour = COLOUR_NAMES[truth.colour_TO[t, o]]
                 shape = SHAPE_NAMES[truth.shape_TO[t, o]]
-                self.right["colour"].append(nearest is not None and nearest.colour == colour)
-                self.right["shape"].append(nearest is not None and nearest.shape == shape)
+                right["colour"].append(nearest is not None and nearest.colour == colour)
+                right["shape"].append(nearest is not None and nearest.shape == shape)
+        for name, outcomes in right.items():
+            self.clips[name].append(Rate.of(outcomes))
+
+    def rates(self) -> dict[str, Rate]:
+        return {name: Rate.of_blocks(clips) for name, clips in self.clips.items()}
 
 
 def apart(truth: Frames) -> NDArray[np.bool_]:
@@ -104,7 +110,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
         cases=records,
         panels=[
             *(
-                Bars(kind, [rate_bar(n, Rate.of(r)) for n, r in v.right.items()])
+                Bars(kind, [rate_bar(n, r) for n, r in v.rates().items()])
                 for kind, v in verdicts.items()
             ),
             Bars(
@@ -115,7 +121,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
         ],
         notes=[
             "Frames in which objects overlap are left out of the detector's figures. Frames of a "
-            "clip are alike, so the intervals are narrower than they should be."
+            "clip are alike: intervals count every clip once."
         ],
     )  # fmt: skip
 
@@ -131,7 +137,7 @@ def _figures(
         "cost": {"decode, ms a frame": decode_ms},
     }
     for kind, each in verdicts.items():
-        figures[kind] = {name: Rate.of(right) for name, right in each.right.items()}
+        figures[kind] = dict(each.rates())
     return figures
 
 

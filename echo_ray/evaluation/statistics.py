@@ -24,11 +24,23 @@ class Rate:
 
     hits: int
     cases: int
+    blocks: int | None = None
+    """How many groups of cases that are alike there are: the interval is of so many. None: each
+    case is for itself."""
 
     @classmethod
     def of(cls, outcomes: Iterable[bool]) -> Rate:
         counted = [bool(o) for o in outcomes]
         return cls(sum(counted), len(counted))
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[Rate]) -> Rate:
+        """Of stretches of a stream, or of clips, which are alike within and not among each other.
+
+        As if all cases of a block were one: the interval is never too narrow.
+        """
+        full = [b for b in blocks if b.cases]
+        return cls(sum(b.hits for b in full), sum(b.cases for b in full), len(full))
 
     @property
     def value(self) -> float:
@@ -37,16 +49,20 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval; all of [0, 1] where there is no case."""
-        return wilson(self.hits, self.cases)
+        if self.blocks is None or self.blocks == self.cases:
+            return wilson(self.hits, self.cases)
+        return wilson(self.blocks * self.hits / max(1, self.cases), self.blocks)
 
     def figures(self) -> dict[str, float | int | None]:
         """For JSON, which has no nan."""
         low, high = self.interval
         value = self.value if self.cases else None
-        return {"value": value, "hits": self.hits, "cases": self.cases, "low": low, "high": high}
+        counts = {"hits": self.hits, "cases": self.cases}
+        blocks = {} if self.blocks is None else {"blocks": self.blocks}
+        return {"value": value, **counts, **blocks, "low": low, "high": high}
 
 
-def wilson(hits: int, cases: int, z: float = Z95) -> tuple[float, float]:
+def wilson(hits: float, cases: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a share."""
     if cases == 0:
         return 0.0, 1.0
@@ -55,6 +71,42 @@ def wilson(hits: int, cases: int, z: float = Z95) -> tuple[float, float]:
     half = z * math.sqrt(share * (1 - share) / cases + square / (4 * cases * cases))
     below, above = (middle - half) / (1 + square / cases), (middle + half) / (1 + square / cases)
     return (0.0 if hits == 0 else below, 1.0 if hits == cases else above)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The difference of two shares in points, with its 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, first: Rate, last: Rate) -> Change:
+        """Last less first, of cases that have nothing to do with each other (Newcombe's method)."""
+        value = last.value - first.value
+        (low_a, high_a), (low_b, high_b) = first.interval, last.interval
+        below = math.hypot(last.value - low_b, high_a - first.value)
+        above = math.hypot(high_b - last.value, first.value - low_a)
+        return cls(100 * value, 100 * (value - below), 100 * (value + above))
+
+    @classmethod
+    def paired(cls, pairs: Sequence[tuple[bool, bool]]) -> Change:
+        """Second less first, of the same cases (Bonett and Price's adjusted Wald interval)."""
+        if not pairs:
+            return cls(math.nan, -100.0, 100.0)
+        lost = sum(a and not b for a, b in pairs)
+        won = sum(b and not a for a, b in pairs)
+        total = len(pairs) + 2
+        down, up = (lost + 1) / total, (won + 1) / total
+        middle = up - down
+        half = Z95 * math.sqrt((up + down - middle * middle) / total)
+        low, high = max(-1.0, middle - half), min(1.0, middle + half)
+        return cls(100 * (won - lost) / len(pairs), 100 * low, 100 * high)
+
+    def rows(self, name: str) -> dict[str, float]:
+        """As rows of a table."""
+        return {name: self.points, f"{name}: from": self.low, f"{name}: to": self.high}
 
 
 @dataclass(frozen=True, slots=True)

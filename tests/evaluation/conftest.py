@@ -98,7 +98,7 @@ class Oracle:
         state.next_index, state.age = index + 1, state.age + 1
         chunk = Chunk(
             index, data, count, shape.height, shape.width, frames_digest(data),
-            DriftReading(0.0), "", {"denoise": 0.004, "decode": 0.001},
+            DriftReading(0.0), "", stage_seconds={"denoise": 0.004, "decode": 0.001},
         )  # fmt: skip
         parts = {"luminance": float(pixels(chunk).mean()) / 255}
         chunk = replace(chunk, drift=DriftReading(0.0, parts, self._flags(state)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from echo_ray.evaluation.statistics import (
+    Change,
     Rate,
     Spread,
     heaviest,
@@ -41,6 +42,44 @@ def test_a_rate_of_nothing_is_no_number() -> None:
     assert nothing.figures() == {"value": None, "hits": 0, "cases": 0, "low": 0.0, "high": 1.0}
     assert Rate.of([True, False, True, True]) == Rate(3, 4)
     assert Rate(3, 4).value == 0.75
+
+
+def test_cases_of_one_block_count_once_in_the_interval() -> None:
+    stretches = [Rate(50, 50), Rate(40, 50), Rate(0, 0), Rate(30, 50)]
+    pooled = Rate.of_blocks(stretches)
+    assert (pooled.hits, pooled.cases, pooled.blocks) == (120, 150, 3)
+    assert pooled.interval == pytest.approx(wilson(2.4, 3))
+    assert pooled.figures()["blocks"] == 3
+    low, high = Rate.of_blocks([Rate(50, 50)] * 20).interval
+    assert (low, high) == pytest.approx((0.8389, 1.0), abs=5e-5)
+    assert Rate.of_blocks([Rate(0, 0)]).interval == (0.0, 1.0)
+    assert Rate.of_blocks([Rate(1, 1), Rate(0, 1)]).interval == Rate(1, 2).interval
+
+
+def test_changes_of_two_samples() -> None:
+    # Newcombe 1998, example (a): 56/70 less 48/80.
+    change = Change.between(Rate(48, 80), Rate(56, 70))
+    assert change.points == pytest.approx(20.0)
+    assert (change.low, change.high) == pytest.approx((5.24, 33.39), abs=0.01)
+    equal = Change.between(Rate(20, 20), Rate(20, 20))
+    assert equal.points == 0
+    assert equal.low == -equal.high == pytest.approx(-16.11, abs=0.01)
+
+
+def test_changes_of_the_same_cases() -> None:
+    pairs = [(True, True)] * 40 + [(True, False)] * 8 + [(False, True)] * 2 + [(False, False)] * 50
+    change = Change.paired(pairs)
+    assert change.points == pytest.approx(-6.0)
+    half = 196 * math.sqrt((12 / 102 - (6 / 102) ** 2) / 102)
+    assert change.low == pytest.approx(-600 / 102 - half, abs=1e-3)
+    assert change.high == pytest.approx(-600 / 102 + half, abs=1e-3)
+    assert change.rows("x") == {"x": change.points, "x: from": change.low, "x: to": change.high}
+    swapped = Change.paired([(b, a) for a, b in pairs])
+    assert (swapped.points, swapped.low) == pytest.approx((6.0, -change.high))
+    none = Change.paired([])
+    assert math.isnan(none.points)
+    assert (none.low, none.high) == (-100.0, 100.0)
+    assert Change.paired([(True, False)]).low == -100
 
 
 def test_spread() -> None:
