@@ -74,6 +74,15 @@ def ask(engine: Measured, scene: Scene, prompt: str, seed: int, *, sized: bool =
     return Answer(scene, prompt, sized, vote(read(chunks[FIRST:])))
 
 
+def asked(engine: Measured, plan: Plan, things: int, index: int) -> Answer:
+    """The answer to prompt `index` of so many objects."""
+    rng = case_rng(f"following {things}", plan.seed, index)
+    scene = draw_scene(rng, things)
+    sized = things == 1 and index % SIZED_IN == 0
+    prompt = caption(scene, size=sized)
+    return ask(engine, scene, prompt, session_seed(rng), sized=sized)
+
+
 def rates(answers: list[Answer]) -> dict[str, Rate]:
     """Every figure over the answers that have it."""
     names = list(dict.fromkeys(name for a in answers for name in a.verdicts))
@@ -88,11 +97,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
     answers: dict[str, list[Answer]] = {name: [] for name in GROUPS.values()}
     work = [(things, index) for things in GROUPS for index in range(plan.cases)]
     for things, index in counted("following", work, len(work)):
-        rng = case_rng(f"following {things}", plan.seed, index)
-        scene = draw_scene(rng, things)
-        sized = things == 1 and index % SIZED_IN == 0
-        prompt = caption(scene, size=sized)
-        answers[GROUPS[things]].append(ask(engine, scene, prompt, session_seed(rng), sized=sized))
+        answers[GROUPS[things]].append(asked(engine, plan, things, index))
     figures = {group: rates(each) for group, each in answers.items()}
     everything = [a for each in answers.values() for a in each]
     figures["all prompts"] = {
@@ -103,7 +108,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
         what="following",
         title="Prompt following",
         figures=figures,
-        cases=[_record(a) for a in everything],
+        cases=[record(a) for a in everything],
         panels=[
             Bars(group, [rate_bar(n, r) for n, r in rows.items()])
             for group, rows in figures.items()
@@ -112,7 +117,8 @@ def measure(subject: Subject, plan: Plan) -> Report:
     )
 
 
-def _record(answer: Answer) -> dict[str, Any]:
+def record(answer: Answer) -> dict[str, Any]:
+    """One prompt and what was seen, in plain values."""
     seen = answer.seen
     return {
         "prompt": answer.prompt,

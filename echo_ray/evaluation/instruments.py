@@ -12,6 +12,7 @@ from pathlib import Path
 from echo_ray.errors import InvalidRequestError
 from echo_ray.evaluation import (
     codec,
+    compare,
     consolidation,
     drift,
     external,
@@ -65,9 +66,9 @@ def chosen(what: str) -> list[str]:
         return [name for name in INSTRUMENTS if name != "external"]
     if what in INSTRUMENTS:
         return [what]
-    near = difflib.get_close_matches(what, [*INSTRUMENTS, ALL], n=1)
-    known = ", ".join([*INSTRUMENTS, ALL])
-    hint = f"did you mean {near[0]}?" if near else f"known: {known}"
+    known = [*INSTRUMENTS, compare.WHAT, ALL]
+    near = difflib.get_close_matches(what, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
     raise InvalidRequestError(f"evaluate {what!r} is unknown ({hint})", param="what")
 
 
@@ -82,9 +83,28 @@ def run(
     instrument = INSTRUMENTS[name]
     if not instrument.any_world:
         check_world(subject.preset, name)
+    return _measured(lambda: instrument.measure(subject, plan), subject, plan, out, command)
+
+
+def run_compare(
+    subjects: Mapping[str, Subject], plan: Plan, out: Path, command: Sequence[str]
+) -> tuple[Report, tuple[Path, Path]]:
+    """The same for several models by name; what is written names the first as the model.
+
+    Raises `ConfigError` for a first model without a memory, too.
+    """
+    for subject in subjects.values():
+        check_world(subject.preset, compare.WHAT)
+    first = next(iter(subjects.values()))
+    return _measured(lambda: compare.measure(subjects, plan), first, plan, out, command)
+
+
+def _measured(
+    measure: Callable[[], Report], subject: Subject, plan: Plan, out: Path, command: Sequence[str]
+) -> tuple[Report, tuple[Path, Path]]:
     claim(out)
     begun = time.perf_counter()
-    report = instrument.measure(subject, plan)
+    report = measure()
     origin = Origin(
         preset=subject.preset.name,
         fingerprint=subject.engine().fingerprint,

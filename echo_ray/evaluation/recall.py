@@ -81,7 +81,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
     outcomes: list[Outcome] = []
     todo = [(index, *job) for index in range(plan.cases) for job in work]
     for index, variant, hidden, source in counted("recall", todo, len(todo)):
-        run = _own_return if source == OWN_CLIP else _given_return
+        run = _own_return if source == OWN_CLIP else given_return
         outcome = run(engines[variant], plan, index, variant, hidden, source)
         outcomes += [outcome] if outcome else []
     notes = [
@@ -94,7 +94,7 @@ def measure(subject: Subject, plan: Plan) -> Report:
         what="recall",
         title="Recall of a hidden object",
         figures=_figures(outcomes),
-        cases=[_record(o) for o in outcomes],
+        cases=[record(o) for o in outcomes],
         panels=[
             _panel("Colour recalled", outcomes, "colour", 1 / len(COLOUR_NAMES)),
             _panel("Shape recalled", outcomes, "shape", 1 / 3),
@@ -123,9 +123,10 @@ def prompts_of(scene: Scene, hidden: int, *, colour: bool, in_sink: bool = False
     }
 
 
-def _given_return(
+def given_return(
     engine: Measured, plan: Plan, index: int, variant: Variant, hidden: int, source: str
 ) -> Outcome:
+    """One return after a true clip; `source` says whether the first chunk shows the object too."""
     rng = case_rng(f"recall {hidden}", plan.seed, index)
     scene, in_sink = draw_scene(rng, 1), source == IN_SINK
     clip, _ = true_clip(rng, story(scene, hidden, in_sink=in_sink), engine.shape)
@@ -222,7 +223,8 @@ def _panel(title: str, outcomes: Sequence[Outcome], attribute: str, chance: floa
     return Lines(title, lines, "chunks hidden", 0.0, 1.0, marks, by_rank=True)
 
 
-def _record(outcome: Outcome) -> dict[str, Any]:
+def record(outcome: Outcome) -> dict[str, Any]:
+    """One return in plain values."""
     seen = outcome.seen
     return {
         "source": outcome.source,

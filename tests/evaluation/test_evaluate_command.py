@@ -9,6 +9,8 @@ import pytest
 
 from echo_ray import __version__
 from echo_ray.cli import main
+from echo_ray.evaluation import compare
+from echo_ray.preset import PRESETS
 
 
 def test_it_measures_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,9 +28,29 @@ def test_it_measures_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(body["cases"]) == 2
 
 
+def test_it_compares_models_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "HIDDEN", (4,))
+    monkeypatch.setattr(compare, "STREAM", 3)
+    words = ["--model", "a=echo-tiny", "--model", f"b={PRESETS / 'echo-tiny'}"]
+    assert main(["evaluate", "compare", *words, "--cases", "1", "--out", str(tmp_path)]) == 0
+    assert "a, memory frozen at its start" in capsys.readouterr().out
+    body = json.loads((tmp_path / "compare.json").read_text())
+    assert body["command"].startswith("echo-ray evaluate compare --model a=echo-tiny --model b=")
+    same = {f["b"]["hits"] == f["a"]["hits"] for n, f in body["figures"].items() if " " in n}
+    assert same == {True}
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
+        (["compare"], "no model is named"),
+        (["compare", "--model", "a=/nowhere"], "/nowhere is no weights folder"),
+        (["compare", "--model", "a=echo-tiny", "--cases", "0"], "--cases 0: give 1"),
+        (["compare", "--model", "a=echo-tiny", "--out", "FILE"], "cannot be written"),
+        (["recall", "--model", "a=echo-tiny"], "only for evaluate compare; for recall name"),
+        (["comparre"], "did you mean compare?"),
         (["recal"], "evaluate 'recal' is unknown (did you mean recall?)"),
         (["recall", "--cases", "0"], "--cases 0: give 1 to 1000000"),
         (["drift", "--chunks", "0"], "--chunks 0: give 1"),
