@@ -26,10 +26,10 @@ from echo_ray.evaluation.cases import (
 )
 from echo_ray.evaluation.chart import Bar, Bars
 from echo_ray.evaluation.report import Figure, Report, rate_bar
-from echo_ray.evaluation.rollout import Plan, case_rng, counted, roll, session_seed
+from echo_ray.evaluation.rollout import Plan, case_rng, counted, look, roll, session_seed
 from echo_ray.evaluation.statistics import Rate, Spread, mean, psnr_db, squared_error
 from echo_ray.evaluation.subject import Subject
-from echo_ray.scenes.detector import Seen, detect
+from echo_ray.scenes.detector import Seen
 from echo_ray.scenes.world import Frames
 
 CHUNKS = 4
@@ -99,8 +99,8 @@ def measure(subject: Subject, plan: Plan) -> Report:
         errors.append(squared_error(clip, back))
         seconds += sum(c.stage_seconds.get("decode", 0.0) for c in chunks)
         frames += len(back)
-        verdicts[TRUE].take(detect(clip), truth)
-        verdicts[ROUND_TRIP].take(detect(back), truth)
+        verdicts[TRUE].take(look(clip), truth)
+        verdicts[ROUND_TRIP].take(look(back), truth)
         records.append({"scene": caption(scene), "psnr_db": psnr_db(errors[-1])})
     decode_ms = 1000 * seconds / frames
     return Report(

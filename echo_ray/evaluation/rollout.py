@@ -5,9 +5,10 @@ Shapes: N frames, H W pixels.
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from echo_ray.engine.frames import pixels
 from echo_ray.errors import InvalidRequestError
+from echo_ray.evaluation.report import Report
 from echo_ray.evaluation.statistics import heaviest, majority
 from echo_ray.evaluation.subject import Measured
 from echo_ray.scenes.detector import Seen, detect
@@ -23,6 +25,9 @@ from echo_ray.session.chunk import Chunk
 
 READ_FRAMES = 3
 """A chunk is read from its last frames, unless an instrument says otherwise."""
+LEAST_CONFIDENCE = 0.3
+"""Of an object's colour, from which on it counts. Objects of true frames have more than 0.45, also
+where one hides another; what is below is a smear."""
 MOST_CASES = 1_000_000
 
 T = TypeVar("T")
@@ -36,11 +41,28 @@ class Plan:
     seed: int = 0
     chunks: int = 400
     """Length of a drift stream."""
+    constant_streams: int | None = None
+    """Drift streams under one prompt; as many as cases, if not given."""
+    switched_streams: int | None = None
+    """Drift streams under changing prompts; likewise."""
+    so_far: Callable[[Report], None] = field(default=lambda report: None, repr=False)
+    """Takes what is measured so far, now and then, from instruments that run for hours."""
 
     def __post_init__(self) -> None:
         for name, value in (("cases", self.cases), ("chunks", self.chunks)):
             if not 1 <= value <= MOST_CASES:
                 raise InvalidRequestError(f"--{name} {value}: give 1 to {MOST_CASES}", param=name)
+        for name, count in (
+            ("constant-streams", self.constant_streams),
+            ("switched-streams", self.switched_streams),
+        ):
+            if count is not None and not 0 <= count <= MOST_CASES:
+                raise InvalidRequestError(f"--{name} {count}: give 0 to {MOST_CASES}", param=name)
+        if self.constant_streams == self.switched_streams == 0:
+            raise InvalidRequestError(
+                "--constant-streams 0 --switched-streams 0: give at least one stream",
+                param="constant-streams",
+            )
         if not 0 <= self.seed < 2**32:
             raise InvalidRequestError(f"--seed {self.seed}: give 0 to {2**32 - 1}", param="seed")
 
@@ -56,7 +78,9 @@ def session_seed(rng: np.random.Generator) -> int:
 
 def counted(what: str, items: Iterable[T], total: int, unit: str = "case") -> Iterator[T]:
     """The items, with a bar that says how far it is and how long it will take."""
-    yield from tqdm(items, desc=what, total=total, unit=unit, mininterval=0.5, dynamic_ncols=True)
+    # A file keeps every state of the bar.
+    often = 0.5 if sys.stderr.isatty() else 30.0
+    yield from tqdm(items, desc=what, total=total, unit=unit, mininterval=often, dynamic_ncols=True)
 
 
 def roll(
@@ -78,9 +102,19 @@ def tail(chunk: Chunk, frames: int = READ_FRAMES) -> NDArray[np.uint8]:
     return pixels(chunk)[-frames:]
 
 
+def look(frames: NDArray[np.uint8]) -> list[Seen]:
+    """What frames [N, H, W, 3] show, for every instrument alike: without what is but a smear."""
+    return [
+        replace(
+            seen, objects=tuple(o for o in seen.objects if o.colour_confidence >= LEAST_CONFIDENCE)
+        )
+        for seen in detect(frames)
+    ]
+
+
 def read(chunks: Iterable[Chunk], frames: int = READ_FRAMES) -> list[Seen]:
     """What the last frames of each chunk show, one after the other."""
-    return detect(np.concatenate([tail(chunk, frames) for chunk in chunks]))
+    return look(np.concatenate([tail(chunk, frames) for chunk in chunks]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from echo_ray.evaluation import (
     switching,
     wording,
 )
-from echo_ray.evaluation.cases import as_script, caption, draw_scene
+from echo_ray.evaluation.cases import SHAPE_NAMES, as_script, caption, draw_scene
 from echo_ray.evaluation.instruments import INSTRUMENTS, chosen, run
 from echo_ray.evaluation.report import Report, table
 from echo_ray.evaluation.rollout import Plan, case_rng
@@ -172,11 +172,14 @@ def test_the_prompts_of_recall_do_not_say_the_answer() -> None:
 
 def test_drift(oracle: Any, oracle_with: With, monkeypatch: pytest.MonkeyPatch) -> None:
     steady = drift.measure(oracle, FEW)
-    for kind in (drift.CONSTANT, drift.SWITCHED):
+    for kind in drift.KINDS:
         assert rate(steady, kind, "prompt right, last tenth") == 1
-        assert steady.figures[kind]["last less first, points"] == 0
+        assert rate(steady, kind, "shape too, last tenth") == 1
+        assert steady.figures[kind]["prompt right, last less first tenth, points"] == 0
         assert steady.figures[kind]["drift flags"] == 0
         assert steady.figures[kind]["chunks"] == 40
+        # Two streams' tenths of two chunks each are one block a stream.
+        assert steady.figures[kind]["prompt right, first tenth"] == Rate(4, 4, 2)
 
     def fading(scene: Any, age: int) -> Any:
         return scene.emptied if age > 12 else scene
@@ -185,11 +188,56 @@ def test_drift(oracle: Any, oracle_with: With, monkeypatch: pytest.MonkeyPatch) 
     engine = worn_subject.engine()
     monkeypatch.setattr(type(engine), "_flags", lambda self, state: ("frozen",) * (state.age > 13))
     worn = drift.measure(worn_subject, FEW)
-    assert worn.figures[drift.CONSTANT]["last less first, points"] == -100
-    assert worn.figures[drift.CONSTANT]["flag frozen"] == 2 * 7
+    constant = worn.figures[drift.CONSTANT]
+    assert constant["prompt right, last less first tenth, points"] == -100
+    assert constant["prompt right, last less first tenth, points: to"] < 0  # type: ignore[operator]
+    assert constant["flag frozen"] == constant["drift flags"] == 2 * 7
+    assert constant["flag frozen, first at chunk"] == 13
     assert worn.cases[0]["flagged_chunks"] == list(range(13, 20))
+    assert worn.cases[0]["flags"] == {"frozen": {"chunks": 7, "first": 13}}
     # A new prompt every ten chunks keeps its objects young.
     assert worn.figures[drift.SWITCHED]["drift flags"] == 0
+
+
+def test_drift_sees_a_shape_that_gets_lost(oracle_with: With) -> None:
+    def melting(scene: Any, age: int) -> Any:
+        names = SHAPE_NAMES
+        other = names[(names.index(scene.things[0].shape) + 1) % 3]
+        things = (replace(scene.things[0], shape=other),)
+        return replace(scene, things=things) if age > 12 else scene
+
+    report = drift.measure(oracle_with(melting), replace(FEW, switched_streams=0))
+    assert rate(report, drift.CONSTANT, "prompt right, last tenth") == 1
+    assert rate(report, drift.CONSTANT, "shape too, last tenth") == 0
+    assert drift.SWITCHED not in report.figures
+
+
+def test_drift_shows_what_it_has_so_far(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "SHOW_EVERY", 18)
+    partial: list[Report] = []
+    plan = replace(FEW, constant_streams=1, switched_streams=2, so_far=partial.append)
+    whole = drift.measure(oracle, plan)
+    done = [sum(case["chunks"] for case in report.cases) for report in partial]
+    assert done == [18, 36, 54]
+    assert [{case["chunks"] for case in report.cases} for report in partial] == [{6}, {12}, {18}]
+    assert "Unfinished: 36 of 60 chunks." in partial[1].notes
+    assert not any("Unfinished" in note for note in whole.notes)
+    assert [case["kind"] for case in whole.cases] == [drift.CONSTANT, *[drift.SWITCHED] * 2]
+    assert rate(partial[0], drift.CONSTANT, "prompt right, first tenth") == 1
+
+
+def test_streams_side_by_side_are_those_of_one_alone(small_subject: Any) -> None:
+    plan = Plan(cases=2, chunks=12)
+    both = drift.measure(small_subject, plan).cases
+    alone = drift.measure(small_subject, replace(plan, cases=1, constant_streams=0)).cases
+    assert alone[0] == both[2]
+
+
+def test_ends_of_a_stream() -> None:
+    assert [drift.block_of(n) for n in (1, 20, 400, 20_000)] == [1, 2, 40, 50]
+    assert drift.stretches(10, 2) == {"tenth": 1}
+    assert drift.stretches(39, 50) == {"tenth": 3}
+    assert drift.stretches(400, 50) == {"tenth": 40, "1,000": 20}
 
 
 def test_latents_are_measured_at_points_against_the_first_two(small_subject: Any) -> None:
@@ -207,6 +255,7 @@ def test_latents_are_measured_at_points_against_the_first_two(small_subject: Any
 def test_curves_are_binned_without_what_is_missing() -> None:
     values = [1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 8.0]
     assert drift.binned(values, 4) == [(1.0, 2.0), (3.0, 5.0), (7.0, 8.0)]
+    assert drift.binned([1.0, 2.0], 4, 50) == [(25.0, 1.0), (75.0, 2.0)]
 
 
 def test_consolidation(oracle: Any, oracle_with: With) -> None:
@@ -356,6 +405,9 @@ def test_names_are_refused_with_the_nearest_one() -> None:
         ({"cases": 0}, "--cases 0: give 1"),
         ({"cases": 1, "chunks": 0}, "--chunks 0: give 1"),
         ({"cases": 1, "seed": -1}, "--seed -1: give 0"),
+        ({"cases": 1, "constant_streams": -1}, "--constant-streams -1: give 0"),
+        ({"cases": 1, "switched_streams": 10**7}, "--switched-streams 10000000: give 0"),
+        ({"cases": 1, "constant_streams": 0, "switched_streams": 0}, "at least one stream"),
     ],
 )
 def test_plans_are_refused(values: dict[str, int], reason: str) -> None:
