@@ -159,8 +159,8 @@ def measure(subjects: Mapping[str, Subject], plan: Plan) -> Report:
         cases=[record for label, c in contestants.items() for record in c.records(label)],
         panels=[_panel(name, rates, tuple(subjects)) for name in names],
         notes=[
-            f"{', '.join(_taken(first))}: {first} with its weights as they are and a tier of its "
-            "past taken away.",
+            f'A row that begins with "{first}," is {first} with its weights as they are and a tier '
+            "of its past taken away.",
             f"A recalled colour counts where an object came back; chance is 1 in "
             f"{len(COLOUR_NAMES)}. Chunks of a stream are alike, so the interval of the last rate "
             "is narrower than it should be.",
