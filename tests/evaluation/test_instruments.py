@@ -212,6 +212,18 @@ def test_drift_sees_a_shape_that_gets_lost(oracle_with: With) -> None:
     assert drift.SWITCHED not in report.figures
 
 
+def test_chunks_that_settle_after_a_switch_do_not_count(oracle_with: With) -> None:
+    def late(scene: Any, age: int) -> Any:
+        return scene.emptied if age < drift.SETTLED else scene
+
+    report = drift.measure(oracle_with(late), replace(FEW, cases=1, constant_streams=0))
+    # Blocks of two chunks; a switch at the tenth, which is nowhere in the seventh block's figure.
+    assert report.cases[0]["right"]["prompt right"] == [
+        (1.0, 0.0), (3.0, 0.5), (5.0, 1.0), (7.0, 1.0), (9.0, 1.0),
+        (13.0, 1.0), (15.0, 1.0), (17.0, 1.0), (19.0, 1.0),
+    ]  # fmt: skip
+
+
 def test_drift_shows_what_it_has_so_far(oracle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "SHOW_EVERY", 18)
     partial: list[Report] = []
@@ -263,6 +275,9 @@ def test_consolidation(oracle: Any, oracle_with: With) -> None:
     seam = "the chunk after the first point"
     assert equal.figures[seam]["worst, dB"] == consolidation.LOSSLESS_DB
     assert set(equal.figures["points lost or won"].values()) == {0.0}
+    assert equal.figures["the largest loss"]["points lost or won"] == 0
+    assert {len(case["prompt"].split(" and ")) for case in equal.cases} == {1, 2}
+    assert len(equal.cases) == 2 * FEW.cases
 
     def from_the_point_on(scene: Any, age: int) -> Any:
         return scene.emptied if age >= 8 else scene
@@ -276,6 +291,11 @@ def test_consolidation(oracle: Any, oracle_with: With) -> None:
     assert worst < 25
     assert worse.figures["points lost or won"]["colour"] == -100
     assert worse.figures["points lost or won"]["background"] == 0
+    loss = worse.figures["the largest loss"]
+    assert loss["of"] == "count"
+    assert loss["compared cases"] == 4
+    assert loss["points lost or won"] == -100
+    assert loss["points lost or won: to"] < 0  # type: ignore[operator]
 
 
 def test_consolidation_refuses_what_cannot_be_compared(oracle: Any, oracle_with: With) -> None:
