@@ -1,8 +1,9 @@
 """`echo-ray train --config FILE`: carry out recipes, one stage each, resumable at any time.
 
 A recipe is a TOML file, a folder of them, or the name of a packaged one: codec, teacher, pretrain,
-fewstep, streaming, or smoke, which is all of them in two minutes. Every stage leaves a folder below
---out with its checkpoint, weights that can be served, curves and samples.
+fewstep, streaming, ablations (one change of the memory each), or smoke, which is all stages in two
+minutes. Every recipe leaves a folder below --out with its checkpoint, weights that can be served,
+curves and samples.
 """
 
 from __future__ import annotations
