@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from echo_ray.scenes.captions import PLAIN, say
 from echo_ray.scenes.motion import animate
 from echo_ray.scenes.scripts import Script, chunk_of_frames
 from echo_ray.scenes.world import BACKGROUNDS, COLOURS, RADII, SHAPES, SPEEDS, Frames, render
@@ -74,25 +75,16 @@ def other(rng: np.random.Generator, names: Sequence[str], than: str) -> str:
     return rest[rng.integers(len(rest))]
 
 
-def behind(background: str) -> str:
-    return f"on a {background} background"
-
-
 def caption(scene: Scene, *, colour: bool = True, size: bool = False, speed: bool = False) -> str:
     """The template's caption of a scene, with the attributes that are to be named."""
-    if not scene.things:
-        return f"an empty {scene.background} background"
-    subjects = []
-    for thing in scene.things:
-        words = ["a", thing.size if size else "", thing.colour if colour else "", thing.shape]
-        subjects.append(" ".join(w for w in words if w))
-    pace = f" moving {scene.things[0].speed}" if speed else ""
-    return f"{' and '.join(subjects)}{pace} {behind(scene.background)}"
+    how = f"moving {scene.things[0].speed}" if speed and scene.things else ""
+    return say(as_script([scene]), 0, replace(PLAIN, colour=colour, size=size, how=how))
 
 
 def return_caption(scene: Scene) -> str:
     """What makes a hidden object come back, without saying what it is."""
-    return f"it comes back {behind(scene.background)}"
+    wording = replace(PLAIN, how="", returns="it comes back")
+    return say(as_script([scene]), 0, wording, gone=True)
 
 
 def as_script(scenes: Sequence[Scene]) -> Script:

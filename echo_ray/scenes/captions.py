@@ -148,25 +148,20 @@ def write_captions(rng: np.random.Generator, script: Script) -> tuple[str, ...]:
     for k, hidden in enumerate(script.hidden_K):
         gone = gone or bool(hidden and seen)
         seen = seen or not hidden
-        caption = _caption(script, k, wording, gone)
+        caption = say(script, k, wording, gone=gone)
         captions.append(_filled(rng, caption, wording.fillers))
     return tuple(captions)
 
 
-def describe(script: Script, chunk: int) -> str:
-    """The one caption that names everything of a chunk, for measuring by."""
-    return _caption(script, chunk, _plain(script), False)
-
-
 def paraphrases(rng: np.random.Generator, script: Script, chunk: int) -> dict[str, str]:
-    """A chunk's caption in each of WORDINGS; the first one is what `describe` says."""
+    """A chunk's caption in each of WORDINGS; the first one names everything in the usual way."""
     plain = _plain(script)
-    template = _caption(script, chunk, plain, False)
+    template = say(script, chunk, plain)
     other = replace(plain, scene=SCENE_FIRST, nothing="a {where}, empty", swapped=True)
     words = [str(rng.choice(SYNONYMS.get(word, (word,)))) for word in template.split()]
     return {
         "template": template,
-        "reordered": _caption(script, chunk, other, False),
+        "reordered": say(script, chunk, other),
         "synonym": " ".join(words),
         "filler": _filled(rng, template, 6),
     }
@@ -211,7 +206,8 @@ def _pick(rng: np.random.Generator, shares: dict[str, float]) -> str:
     return str(rng.choice(list(shares), p=weights / weights.sum()))
 
 
-def _caption(script: Script, k: int, wording: Wording, gone: bool) -> str:
+def say(script: Script, k: int, wording: Wording, *, gone: bool = False) -> str:
+    """The caption of chunk k; `gone`: what is to be seen has been away."""
     background = BACKGROUND_NAMES[script.background_K[k]]
     shown = np.flatnonzero(script.visible_KO[k])
     if not shown.size:

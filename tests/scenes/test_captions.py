@@ -12,11 +12,12 @@ from echo_ray.scenes.captions import (
     FILLED,
     FILLERS,
     NOTHING,
+    PLAIN,
     SCENES,
     SYNONYMS,
     WORDINGS,
-    describe,
     paraphrases,
+    say,
 )
 from echo_ray.scenes.clips import Clip, make_clip
 from echo_ray.scenes.scripts import KINDS
@@ -162,10 +163,10 @@ def test_sentences_read_like_sentences() -> None:
             assert caption == caption.strip(" ,")
 
 
-def test_description_names_everything() -> None:
+def test_the_plain_wording_names_everything() -> None:
     clip = clip_of(3, "steady")
     s = clip.script
-    words = describe(s, 0).split()
+    words = say(s, 0, PLAIN).split()
     for o in range(s.colour_KO.shape[1]):
         for name in (
             COLOUR_NAMES[s.colour_KO[0, o]],
@@ -175,7 +176,7 @@ def test_description_names_everything() -> None:
             assert name in words
     assert named_background(words) == BACKGROUND_NAMES[s.background_K[0]]
     gone = clip_of(3, "empty")
-    assert describe(gone.script, 0).startswith("an empty")
+    assert say(gone.script, 0, PLAIN).startswith("an empty")
 
 
 def test_every_synonym_is_read_as_the_word_it_stands_for() -> None:
@@ -192,7 +193,9 @@ def test_paraphrases_say_the_same_in_other_words() -> None:
             said = paraphrases(rng, clip.script, k)
             assert tuple(said) == WORDINGS
             template = said["template"]
-            assert template == describe(clip.script, k)
+            pace = set(SPEEDS) & set(template.split())
+            assert len(pace) == (clip.script.colour_KO.shape[1] == 1 and "empty" not in template)
+            assert template.replace(f" {' '.join(pace)} ", " ") == say(clip.script, k, PLAIN)
             ids = read_prompt(template)[0]
             assert read_prompt(said["synonym"])[0] == ids
             assert read_prompt(said["filler"])[0] == ids
