@@ -45,7 +45,7 @@ class Plan:
     """Drift streams under one prompt; as many as cases, if not given."""
     switched_streams: int | None = None
     """Drift streams under changing prompts; likewise."""
-    so_far: Callable[[Report], None] = field(default=lambda report: None, repr=False)
+    so_far: Callable[[Report], object] = field(default=lambda report: None, repr=False)
     """Takes what is measured so far, now and then, from instruments that run for hours."""
 
     def __post_init__(self) -> None:
