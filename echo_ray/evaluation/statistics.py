@@ -91,18 +91,21 @@ class Change:
         return cls(100 * value, 100 * (value - below), 100 * (value + above))
 
     @classmethod
-    def paired(cls, pairs: Sequence[tuple[bool, bool]]) -> Change:
-        """Second less first, of the same cases (Bonett and Price's adjusted Wald interval)."""
+    def paired(cls, pairs: Sequence[tuple[float, float]]) -> Change:
+        """Second less first, of shares of the same cases.
+
+        Wald's interval after one more case that lost everything and one that won it: for yes and no
+        that is Bonett and Price's, and it has a width also where no case differs.
+        """
         if not pairs:
             return cls(math.nan, -100.0, 100.0)
-        lost = sum(a and not b for a, b in pairs)
-        won = sum(b and not a for a, b in pairs)
-        total = len(pairs) + 2
-        down, up = (lost + 1) / total, (won + 1) / total
-        middle = up - down
-        half = Z95 * math.sqrt((up + down - middle * middle) / total)
+        gaps = [b - a for a, b in pairs]
+        total = len(gaps) + 2
+        middle = math.fsum(gaps) / total
+        variance = (math.fsum(gap * gap for gap in gaps) + 2) / total - middle * middle
+        half = Z95 * math.sqrt(variance / total)
         low, high = max(-1.0, middle - half), min(1.0, middle + half)
-        return cls(100 * (won - lost) / len(pairs), 100 * low, 100 * high)
+        return cls(100 * fmean(gaps), 100 * low, 100 * high)
 
     def rows(self, name: str) -> dict[str, float]:
         """As rows of a table."""

@@ -80,6 +80,11 @@ def test_changes_of_the_same_cases() -> None:
     assert math.isnan(none.points)
     assert (none.low, none.high) == (-100.0, 100.0)
     assert Change.paired([(True, False)]).low == -100
+    # Shares that differ by little say more than verdicts that differ in few cases.
+    steady = Change.paired([(0.5, 0.6), (0.6, 0.5)] * 50)
+    flips = Change.paired([(1, 0), (0, 1)] * 5 + [(1, 1)] * 90)
+    assert steady.points == pytest.approx(0)
+    assert 0 < steady.high < 0.6 * flips.high
 
 
 def test_spread() -> None:
