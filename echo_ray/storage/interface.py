@@ -13,10 +13,11 @@ at epoch 0 and could not tell an old owner from its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+from echo_ray.session.sweep import StoredBlob
 
 
 class Directory(Protocol):
@@ -168,4 +169,15 @@ class SnapshotStore(Protocol):
 
     def delete_session(self, session_id: str) -> None:
         """Delete all blobs of a session. An unknown one is ignored."""
+        ...
+
+
+class SweptStore(SnapshotStore, Protocol):
+    """A snapshot store whose contents can be listed."""
+
+    def list_blobs(self, session_id: str | None = None) -> Iterator[StoredBlob]:
+        """All blobs, or those of one session, in no order.
+
+        One that is stored or deleted meanwhile may be among them or not.
+        """
         ...

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from echo_ray.errors import InvalidRequestError
 from echo_ray.session import control_log
+from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
 from echo_ray.storage.sqlite_file import os_meaning
 
 _HALF = ".half"
+_WHOLE = ".snap"
 
 
 class LocalSnapshots:
@@ -66,9 +69,34 @@ class LocalSnapshots:
             except FileNotFoundError:
                 return
 
+    def list_blobs(self, session_id: str | None = None) -> Iterator[StoredBlob]:
+        if session_id is not None:
+            check_ids(session_id)
+        with _translated(self._folder):
+            for file in self._folder.glob(f"{session_id or '*'}/*{_WHOLE}"):
+                blob = _as_listed(file)
+                if blob is not None:
+                    yield blob
+
     def _file(self, session_id: str, snapshot_id: str) -> Path:
         check_ids(session_id, snapshot_id)
-        return self._folder / session_id / f"{snapshot_id}.snap"
+        return self._folder / session_id / f"{snapshot_id}{_WHOLE}"
+
+
+def _as_listed(file: Path) -> StoredBlob | None:
+    """The blob in that file; None for one that was deleted since or is not ours."""
+    session_id, snapshot_id = file.parent.name, file.name.removesuffix(_WHOLE)
+    try:
+        check_ids(session_id, snapshot_id)
+        stat = file.stat()
+    except (FileNotFoundError, InvalidRequestError):
+        return None
+    return StoredBlob(
+        session_id=session_id,
+        snapshot_id=snapshot_id,
+        size_bytes=stat.st_size,
+        stored_at=stat.st_mtime,
+    )
 
 
 def _write(target: Path, blob: bytes) -> None:

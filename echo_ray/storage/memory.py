@@ -6,13 +6,14 @@ Nothing survives the process, and no other process sees it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from echo_ray.clock import Clock
+from echo_ray.clock import Clock, SystemClock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
 
 
@@ -179,21 +180,29 @@ class MemoryDirectory:
         return session
 
 
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    data: bytes
+    stored_at: float
+
+
 class MemorySnapshots:
-    """A `SnapshotStore` in this process."""
+    """A `SnapshotStore` in this process; `clock` stamps the blobs."""
 
     name = "memory"
 
-    def __init__(self, limit_bytes: int = 2**30) -> None:
+    def __init__(self, limit_bytes: int = 2**30, clock: Clock | None = None) -> None:
         self._limit_bytes = limit_bytes
+        self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._blobs: dict[str, dict[str, bytes]] = {}
+        self._blobs: dict[str, dict[str, _Blob]] = {}
 
     def put(self, session_id: str, snapshot_id: str, blob: bytes) -> None:
         check_ids(session_id, snapshot_id)
         check_size(snapshot_id, len(blob), self._limit_bytes)
         with self._lock:
-            self._blobs.setdefault(session_id, {})[snapshot_id] = bytes(blob)
+            kept = _Blob(bytes(blob), self._clock.wall())
+            self._blobs.setdefault(session_id, {})[snapshot_id] = kept
 
     def get(self, session_id: str, snapshot_id: str) -> bytes:
         check_ids(session_id, snapshot_id)
@@ -201,7 +210,7 @@ class MemorySnapshots:
             blob = self._blobs.get(session_id, {}).get(snapshot_id)
         if blob is None:
             raise control_log.snapshot_not_found(session_id, snapshot_id)
-        return blob
+        return blob.data
 
     def delete(self, session_id: str, snapshot_id: str) -> None:
         check_ids(session_id, snapshot_id)
@@ -212,3 +221,20 @@ class MemorySnapshots:
         check_ids(session_id)
         with self._lock:
             self._blobs.pop(session_id, None)
+
+    def list_blobs(self, session_id: str | None = None) -> Iterator[StoredBlob]:
+        if session_id is not None:
+            check_ids(session_id)
+        with self._lock:
+            found = [
+                StoredBlob(
+                    session_id=session,
+                    snapshot_id=snapshot,
+                    size_bytes=len(blob.data),
+                    stored_at=blob.stored_at,
+                )
+                for session, blobs in self._blobs.items()
+                if session_id in (None, session)
+                for snapshot, blob in blobs.items()
+            ]
+        return iter(found)
