@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from echo_ray.errors import WeightsError
-from echo_ray.training.optimise import process_rank
+from echo_ray.training.group import process_rank, refuse_minutes, wait_for_all
 from echo_ray.training.pictures import curve_picture
 from echo_ray.training.recipe import Budget, learning_rate_factor
 
@@ -109,6 +109,7 @@ def run_stage(
     Whatever happens to the run between two checkpoints, going on from the last one gives the bits
     that an uninterrupted run would have had, if the budget counts steps.
     """
+    refuse_minutes(budget.minutes)
     out.mkdir(parents=True, exist_ok=True)
     file = out / CHECKPOINT
     groups = [g for o in stage.optimizers() for g in o.param_groups]
@@ -119,7 +120,7 @@ def run_stage(
     last_saved = last = time.monotonic()
     timed = budget.minutes is not None
     total, done = TICKS if timed else budget.steps, _ticks(budget, progress)
-    bar = tqdm(total=total, initial=done, desc=stage.name, mininterval=5.0)
+    bar = tqdm(total=total, initial=done, desc=stage.name, mininterval=5.0, disable=rank > 0)
     while (share := budget.progress(progress.step, progress.elapsed_s)) < 1.0:
         for group, lr in zip(groups, base, strict=True):
             group["lr"] = lr * learning_rate_factor(share, schedule)
@@ -135,6 +136,7 @@ def run_stage(
             last_saved = last = time.monotonic()
     bar.close()
     _save(stage, progress, out)
+    wait_for_all()
     return progress
 
 

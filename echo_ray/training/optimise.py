@@ -9,40 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echo_ray.training.group import all_reduce_gradients
 from echo_ray.training.recipe import EmaSection, OptimizerSection
 from echo_ray.training.video_model import VideoModel
 
 MEMORY = "memory."
 OUTER = ("words", "positions", "head.", "modulation", "patch_embedding")
 """Parameters next to the data or that are no map between hidden layers: never Muon's."""
-
-
-def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average the gradients over all processes; alone, nothing happens.
-
-    This is the seam for many GPUs. Every process runs the same stage from the same weights, draws
-    its data by its own rank, and only the first one writes. Ray Train would start the processes by
-    wrapping `run_stage` into the train loop of a worker, which sets up the process group; the
-    stages know nothing of it. No module is wrapped, so checkpoints keep their keys.
-    """
-    if not _in_a_group():
-        return
-    world = torch.distributed.get_world_size()
-    for parameter in parameters:
-        if parameter.grad is None:
-            # Every process must take part, or those that have a gradient wait for ever.
-            parameter.grad = torch.zeros_like(parameter)
-        torch.distributed.all_reduce(parameter.grad)
-        parameter.grad.div_(world)
-
-
-def process_rank() -> int:
-    """Which of several processes this is; 0 for one alone."""
-    return torch.distributed.get_rank() if _in_a_group() else 0
-
-
-def _in_a_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class Updater:

@@ -15,6 +15,7 @@ from echo_ray.preset import Preset, load_preset
 from echo_ray.training.bank import load_or_build
 from echo_ray.training.codec_stage import CodecStage
 from echo_ray.training.fewstep_stage import FewstepStage
+from echo_ray.training.group import first_process_first, process_rank, training_group
 from echo_ray.training.loop import CHECKPOINT, Progress, Stage, run_stage
 from echo_ray.training.pretrain_stage import PretrainStage
 from echo_ray.training.prompts import prompt_bank
@@ -68,7 +69,8 @@ def train(
             )
     if minutes is not None:
         recipes = [replace(r, run=replace(r.run, minutes=minutes)) for r in recipes]
-    return [carry_out(recipe, out, resume=resume) for recipe in recipes]
+    with training_group():
+        return [carry_out(recipe, out, resume=resume) for recipe in recipes]
 
 
 def carry_out(recipe: Recipe, out: Path, *, resume: bool) -> Progress:
@@ -79,8 +81,9 @@ def carry_out(recipe: Recipe, out: Path, *, resume: bool) -> Progress:
     stage = make_stage(preset_of(recipe), recipe, out)
     folder = out / folder_name(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(recipe), indent=1)
-    (folder / "recipe.json").write_text(text + "\n", encoding="utf-8")
+    if not process_rank():
+        text = json.dumps(asdict(recipe), indent=1)
+        (folder / "recipe.json").write_text(text + "\n", encoding="utf-8")
     return run_stage(
         stage,
         Budget(steps=run.steps, minutes=run.minutes),
@@ -135,6 +138,7 @@ def _materials(preset: Preset, recipe: VideoRecipe, out: Path) -> Materials:
         prompts = named_folder(recipe.clips.prompts, out, recipe.preset)
         bank = prompt_bank(preset, recipe.clips, prompts)
     else:
-        bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
+        with first_process_first():
+            bank = load_or_build(preset, recipe.clips, codec, out, bf16=recipe.run.bf16)
     read_captions(preset, start, bank.captions, model, teacher)
     return Materials(model, codec, bank, WeightsFolder.open(start), teacher)

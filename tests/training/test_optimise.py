@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from small import small_preset
-from torch import nn
 from training_rig import lively_model
 
-from echo_ray.training.optimise import Average, Updater, all_reduce_gradients, split_parameters
+from echo_ray.training.optimise import Average, Updater, split_parameters
 from echo_ray.training.recipe import EmaSection, OptimizerSection
 from echo_ray.training.video_model import VideoModel
 
@@ -66,20 +63,3 @@ def test_the_average_begins_late_and_then_follows_slowly(model: VideoModel) -> N
             seen.append(float(held[0]))
     assert seen[:2] == [1.0, 2.0]
     assert seen[2] == pytest.approx(2 + 2 * (1 - 1 / 11))
-
-
-def test_one_process_keeps_its_gradients_and_several_share_them(tmp_path: Path) -> None:
-    layer = nn.Linear(2, 2)
-    layer.weight.grad = torch.ones(2, 2)
-    all_reduce_gradients(layer.parameters())
-    assert layer.bias.grad is None
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        all_reduce_gradients(layer.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
-    assert torch.equal(layer.weight.grad, torch.ones(2, 2))
-    # What one process has no gradient for, another may have one for.
-    assert layer.bias.grad is not None
-    assert not layer.bias.grad.any()
