@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -95,3 +99,63 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+class Wire:
+    """A relay in front of a server that can lose answers or speak TLS for it."""
+
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._to = port
+        self._tls = tls
+        self._lose = b""
+        self.lost = 0
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def lose_next_answer_to(self, word: bytes) -> None:
+        """The next request with `word` in it reaches the server; its connection breaks then."""
+        self._lose = word
+
+    def close(self) -> None:
+        self._listening.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        try:
+            if self._tls is not None:
+                client = self._tls.wrap_socket(client, server_side=True)
+            server = socket.create_connection(("127.0.0.1", self._to))
+        except OSError:
+            client.close()
+            return
+        with client, server, contextlib.suppress(OSError):
+            self._carry(client, server)
+
+    def _carry(self, client: socket.socket, server: socket.socket) -> None:
+        losing = False
+        while True:
+            ready, _, _ = select.select([client, server], [], [])
+            if client in ready:
+                asked = client.recv(1 << 20)
+                # TLS hands out one record at a time and keeps the rest where select sees nothing.
+                while isinstance(client, ssl.SSLSocket) and client.pending():
+                    asked += client.recv(1 << 20)
+                if not asked:
+                    return
+                if self._lose and self._lose in asked:
+                    self._lose, losing = b"", True
+                server.sendall(asked)
+            if server in ready:
+                answer = server.recv(1 << 20)
+                if losing or not answer:
+                    self.lost += losing
+                    return
+                client.sendall(answer)

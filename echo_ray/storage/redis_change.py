@@ -77,14 +77,14 @@ class SessionKeys:
             reply, *others = self._link.run(self.read(session_id), *reads)
             stored = self.found(session_id, reply)
             if change is not None and stored.version == version:
-                self._settle(told)
+                self.settle(told=told)
                 return change.answer
             with self.undamaged():
                 change = decide(stored, others)
             changed = rows.changed_fields(stored.record, change.record)
             writes = [*change.writes, *([("HSET", SESSION, *flat(changed))] if changed else [])]
             if not writes:
-                self._settle(told)
+                self.settle(told=told)
                 return change.answer
             if self.write(keys, stored.version, version, writes, told=told):
                 return change.answer
@@ -116,11 +116,14 @@ class SessionKeys:
             check_safe(self._link.address, wait, safe)
         return bool(done)
 
-    def _settle(self, told: bool) -> None:
-        """Wait for what was written before: the answer may be to somebody's second try."""
+    def settle(self, *, told: bool) -> None:
+        """Wait for what was written before: the answer may be to somebody's second try.
+
+        A connection waits for its own writes only, so this makes one.
+        """
         wait = self._wait.answer if told else self._wait.chunk
         if wait:
-            _, *safe = self._link.run(("PING",), wait=wait)
+            _, *safe = self._link.run(("INCR", self._keys.waited), wait=wait)
             check_safe(self._link.address, wait, safe)
 
     def read(self, session_id: str) -> Command:

@@ -93,6 +93,7 @@ class RedisDirectory:
             (held,) = self._link.run(("HGET", key, "version"))
             if held != version.encode():
                 raise control_log.exists(record.id)
+            self._sessions.settle(told=True)
 
     def get(self, session_id: str) -> SessionRecord:
         (reply,) = self._link.run(self._sessions.read(session_id))
@@ -292,8 +293,9 @@ class RedisDirectory:
     def _logged(self, session_id: str, event_id: str, chunk: bytes | None) -> LoggedControl | None:
         if chunk is None:
             return None
-        (members,) = self._link.run(self._sessions.at_chunk(session_id, int(chunk)))
-        for logged in map(rows.entry_from, members):
-            if logged.entry.event_id == event_id:
-                return logged
-        raise Damaged(f"event {event_id!r} is listed for chunk {int(chunk)}, but not in the log")
+        if chunk.isdigit():
+            (members,) = self._link.run(self._sessions.at_chunk(session_id, int(chunk)))
+            for logged in map(rows.entry_from, members):
+                if logged.entry.event_id == event_id:
+                    return logged
+        raise Damaged(f"event {event_id!r} is listed for chunk {chunk!r}, but not in the log")

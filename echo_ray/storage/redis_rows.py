@@ -9,6 +9,7 @@
     {prefix}:s:{id}:piece:...  a piece of a blob
     {prefix}:sessions          set: ids of all sessions, and perhaps of some that are not there
     {prefix}:created           how many sessions were created
+    {prefix}:waited            how often something was waited for that was written before
     {prefix}:r:{live}:until    sorted set: replica id by the time until which it is alive
     {prefix}:r:{live}:at:ID    a replica, with an expiry of the server's
 
@@ -64,6 +65,7 @@ class Keys:
         self._prefix = prefix
         self.sessions = f"{prefix}:sessions"
         self.created = f"{prefix}:created"
+        self.waited = f"{prefix}:waited"
         self.alive = f"{prefix}:r:{{live}}:until"
 
     def of(self, session_id: str, what: str) -> str:
