@@ -25,8 +25,8 @@ from botocore.parsers import ResponseParserError
 
 from echo_ray.errors import CapacityError, EchoError, StoreFull, StoreUnavailable
 
-FAILURES = (BotoCoreError, ClientError, ResponseParserError, OSError)
-"""Everything that a request or the reading of its answer can raise."""
+FAILURES = (BotoCoreError, ClientError, ResponseParserError, OSError, ValueError)
+"""Everything that a request or the reading of its answer can raise (values: odd headers)."""
 
 RIGHTS = {
     "read": "s3:GetObject",
@@ -132,8 +132,8 @@ def meaning(error: Exception, action: str, what: str, place: Place) -> EchoError
             f"{says}: the endpoint cannot be reached; see to its address, port and the network",
             retry_after_s=_WAIT_S,
         )
-    if isinstance(error, ResponseParserError):
-        # The text of this one repeats the body.
+    if isinstance(error, ResponseParserError | ValueError):
+        # Their text may repeat the answer.
         return StoreUnavailable(
             f"{says}: the answer is not that of an S3 server; correct the endpoint"
         )
