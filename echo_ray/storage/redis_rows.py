@@ -8,6 +8,7 @@
     {prefix}:s:{id}:blobs      hash: blob id -> which pieces (redis_snapshots.py)
     {prefix}:s:{id}:piece:...  a piece of a blob
     {prefix}:sessions          set: ids of all sessions, and perhaps of some that are not there
+    {prefix}:blobs             set: ids of all sessions with blobs, and perhaps of others
     {prefix}:created           how many sessions were created
     {prefix}:waited            how often something was waited for that was written before
     {prefix}:r:{live}:until    sorted set: replica id by the time until which it is alive
@@ -64,6 +65,7 @@ class Keys:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.sessions = f"{prefix}:sessions"
+        self.blobs = f"{prefix}:blobs"
         self.created = f"{prefix}:created"
         self.waited = f"{prefix}:waited"
         self.alive = f"{prefix}:r:{{live}}:until"

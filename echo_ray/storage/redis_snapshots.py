@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
-from echo_ray.errors import StoreCorrupt, StoreUnavailable
+from echo_ray.errors import StoreUnavailable
 from echo_ray.session import control_log
+from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
 from echo_ray.storage.redis_link import RedisLink, RedisServer, Script
 from echo_ray.storage.redis_rows import Keys
@@ -37,10 +39,24 @@ if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 return 1
 """)
+_UNLIST = Script("""
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('SREM', KEYS[2], ARGV[1]) end
+return 1
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """An entry of a session's table: which pieces a blob has."""
+
+    name: str
+    size: int
+    at: float
+    """Server's wall time when writing began."""
 
 
 class RedisSnapshots:
-    """A `SnapshotStore` on `server`, under keys that begin with `prefix`."""
+    """A `SweptStore` on `server`, under keys that begin with `prefix`."""
 
     name = "redis"
 
@@ -49,7 +65,7 @@ class RedisSnapshots:
     ) -> None:
         self._keys = Keys(prefix)
         self._limit_bytes = limit_bytes
-        self._link = RedisLink(server, (_ENTER, _FORGET))
+        self._link = RedisLink(server, (_ENTER, _FORGET, _UNLIST))
 
     def close(self) -> None:
         self._link.close()
@@ -57,14 +73,17 @@ class RedisSnapshots:
     def put(self, session_id: str, snapshot_id: str, blob: bytes) -> None:
         check_ids(session_id, snapshot_id)
         check_size(snapshot_id, len(blob), self._limit_bytes)
-        made = {"name": secrets.token_hex(8), "size": len(blob)}
+        listed = ("SADD", self._keys.blobs, session_id)
+        _, (seconds, micros) = self._link.run(listed, ("TIME",))
+        made = _Blob(secrets.token_hex(8), len(blob), int(seconds) + int(micros) / 1e6)
         pieces = self._pieces(session_id, made)
         view = memoryview(blob)
         for n, key in enumerate(pieces):
             part = bytes(view[n * PIECE_BYTES : (n + 1) * PIECE_BYTES])
             self._link.run(("SET", key, part, "EX", PIECE_KEPT_S))
-        enter = _ENTER.call([self._table(session_id), *pieces], snapshot_id, json.dumps(made))
-        (before,) = self._link.run(enter)
+        text = json.dumps(asdict(made))
+        enter = _ENTER.call([self._table(session_id), *pieces], snapshot_id, text)
+        before, _ = self._link.run(enter, listed)
         if before == 0:
             raise StoreUnavailable(
                 f"{self._link.address}: snapshot {snapshot_id!r} took more than {PIECE_KEPT_S} s "
@@ -84,7 +103,7 @@ class RedisSnapshots:
             made = self._parsed(text)
             parts = [self._link.run(("GET", key))[0] for key in self._pieces(session_id, made)]
             found = [part for part in parts if part is not None]
-            if len(found) == len(parts) and sum(map(len, found)) == made["size"]:
+            if len(found) == len(parts) and sum(map(len, found)) == made.size:
                 return b"".join(found)
             if text == seen:
                 break
@@ -103,6 +122,25 @@ class RedisSnapshots:
         (table,) = self._link.run(("HGETALL", self._table(session_id)))
         for id_, text in zip(table[::2], table[1::2], strict=True):
             self._forget(session_id, id_, text)
+        self._link.run(_UNLIST.call([self._table(session_id), self._keys.blobs], session_id))
+
+    def list_blobs(self, session_id: str | None = None) -> Iterator[StoredBlob]:
+        if session_id is None:
+            (names,) = self._link.run(("SMEMBERS", self._keys.blobs))
+            sessions = [name.decode(errors="replace") for name in names]
+        else:
+            check_ids(session_id)
+            sessions = [session_id]
+        for session in sessions:
+            (table,) = self._link.run(("HGETALL", self._table(session)))
+            for id_, text in zip(table[::2], table[1::2], strict=True):
+                made = self._parsed(text)
+                yield StoredBlob(
+                    session_id=session,
+                    snapshot_id=id_.decode(errors="replace"),
+                    size_bytes=made.size,
+                    stored_at=made.at,
+                )
 
     def _forget(self, session_id: str, snapshot_id: str | bytes, text: bytes) -> None:
         """Forget a blob unless it was replaced since, and free its pieces."""
@@ -113,20 +151,17 @@ class RedisSnapshots:
     def _table(self, session_id: str) -> str:
         return self._keys.of(session_id, "blobs")
 
-    def _pieces(self, session_id: str, made: dict[str, Any]) -> list[str]:
-        count = -(-made["size"] // PIECE_BYTES)
-        return [self._keys.of(session_id, f"piece:{made['name']}:{n}") for n in range(count)]
+    def _pieces(self, session_id: str, made: _Blob) -> list[str]:
+        count = -(-made.size // PIECE_BYTES)
+        return [self._keys.of(session_id, f"piece:{made.name}:{n}") for n in range(count)]
 
     def _unlink(self, keys: list[str]) -> None:
         if keys:
             self._link.run(("UNLINK", *keys))
 
-    def _parsed(self, text: bytes) -> dict[str, Any]:
+    def _parsed(self, text: bytes) -> _Blob:
         try:
             made = json.loads(text)
-            return {"name": str(made["name"]), "size": int(made["size"])}
+            return _Blob(str(made["name"]), int(made["size"]), float(made["at"]))
         except (ValueError, TypeError, KeyError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> StoreCorrupt:
-        return self._link.damaged(f"a table of blobs is unreadable ({error!r})")
+            raise self._link.damaged(f"a table of blobs is unreadable ({error!r})") from error

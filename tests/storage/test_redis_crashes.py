@@ -237,7 +237,7 @@ def test_blobs_survive_and_half_written_ones_vanish(
     store = RedisSnapshots(RedisServer(url=server.url))
     blob = bytes(range(256)) * (PIECE_BYTES // 256 * 2 + 3)
     store.put("s1", "kept", blob)
-    run, left = store._link.run, [2]
+    run, left = store._link.run, [3]
 
     def dying(*commands: tuple[object, ...], **named: object) -> list[object]:
         left[0] -= 1

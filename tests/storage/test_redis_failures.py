@@ -30,7 +30,7 @@ from echo_ray.storage.redis_snapshots import PIECE_BYTES, RedisSnapshots
 RIGHTS = (
     "+hgetall +hget +hset +hdel +hmget +hvals +zadd +zrangebyscore +zremrangebyscore +zrem "
     "+sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire +persist "
-    "+evalsha +script|load +info +config|get +ping +wait +waitaof"
+    "+evalsha +script|load +time +info +config|get +ping +wait +waitaof"
 )
 
 
@@ -380,12 +380,30 @@ def test_a_blob_in_pieces_leaves_nothing_behind(server: RedisProcess) -> None:
         store.put("s1", "p8", blob)
         assert store.get("s1", "p8") == blob
         pieces = -(-size // PIECE_BYTES)
-        assert server.ask("DBSIZE") == b":%d\r\n" % (1 + pieces)
+        assert server.ask("DBSIZE") == b":%d\r\n" % (2 + pieces)
     store.put("s1", "p16", b"x")
     store.delete("s1", "p8")
-    assert server.ask("DBSIZE") == b":2\r\n"
+    assert server.ask("DBSIZE") == b":3\r\n"
     store.delete_session("s1")
     assert server.ask("DBSIZE") == b":0\r\n"
+    store.close()
+
+
+def test_blobs_are_listed_with_the_time_by_the_servers_clock(server: RedisProcess) -> None:
+    store = RedisSnapshots(RedisServer(url=server.url))
+    began = time.time()
+    for session, id_ in (("s1", "p8"), ("s1", "p16"), ("s2", "p8")):
+        store.put(session, id_, id_.encode())
+    listed = {(b.session_id, b.snapshot_id, b.size_bytes) for b in store.list_blobs()}
+    assert listed == {("s1", "p8", 2), ("s1", "p16", 3), ("s2", "p8", 2)}
+    assert all(began - 1 <= b.stored_at <= time.time() + 1 for b in store.list_blobs())
+    assert [b.snapshot_id for b in store.list_blobs("s2")] == ["p8"]
+    assert list(store.list_blobs("ghost")) == []
+    with pytest.raises(EchoError, match="not allowed"):
+        list(store.list_blobs("../s"))
+    store.delete("s1", "p8")
+    store.delete_session("s2")
+    assert [b.snapshot_id for b in store.list_blobs()] == ["p16"]
     store.close()
 
 

@@ -178,7 +178,7 @@ def test_a_blob_that_is_replaced_while_it_is_read_is_whole(
         over.set()
         for writer in writers:
             writer.join(20)
-    store.delete("s1", "p8")
+    store.delete_session("s1")
     with pytest.raises(SnapshotNotFound):
         store.get("s1", "p8")
     left = redis_server.ask("KEYS", f"{prefix}:*")
