@@ -26,7 +26,7 @@ from echo_ray.preset import Preset, WordTextShape
 from echo_ray.scenes.clips import Clip, make_clip
 from echo_ray.scenes.scripts import KINDS, with_share
 from echo_ray.scenes.world import render
-from echo_ray.training.recipe import ClipsSection
+from echo_ray.training.recipe import SHORTEST_SCENE, ClipsSection
 from echo_ray.weights.parts import build_codec
 
 Singles = NDArray[np.float32]
@@ -76,13 +76,36 @@ def take(
     )
 
 
-def clip_of(preset: Preset, section: ClipsSection, index: int) -> Clip:
-    """Training clip `index`: a function of the seed and the index alone."""
+def scenes_of(preset: Preset, section: ClipsSection, index: int) -> list[Clip]:
+    """Training clip `index`, scene by scene: a function of the section and the index alone."""
     rng = np.random.default_rng([section.seed, 1, index])
     size = min(preset.height, preset.width)
-    first, later = preset.first_chunk_frames, preset.frames_per_chunk
     shares = KINDS if section.hide_share is None else with_share("hide", section.hide_share)
-    return make_clip(rng, section.chunks, size, first, later, shares=shares)
+    scenes: list[Clip] = []
+    for chunks in scene_lengths(rng, section):
+        first = preset.frames_per_chunk if scenes else preset.first_chunk_frames
+        scenes.append(make_clip(rng, chunks, size, first, preset.frames_per_chunk, shares=shares))
+    return scenes
+
+
+def scene_lengths(rng: np.random.Generator, section: ClipsSection) -> list[int]:
+    """How many chunks each scene of a clip has."""
+    left, longest, lengths = section.chunks, section.scene_chunks or section.chunks, []
+    while left > longest:
+        lengths.append(int(rng.integers(SHORTEST_SCENE, min(longest, left - SHORTEST_SCENE) + 1)))
+        left -= lengths[-1]
+    return [*lengths, left]
+
+
+def captions_of(scenes: Sequence[Clip]) -> tuple[str, ...]:
+    """A caption for each chunk of a clip."""
+    return tuple(caption for scene in scenes for caption in scene.captions)
+
+
+def pixels_of(preset: Preset, scenes: Sequence[Clip]) -> Singles:
+    """A clip's frames [T, 3, H, W], 0 to 1."""
+    drawn = [render(scene.frames, preset.height, preset.width)[0] for scene in scenes]
+    return np.concatenate(drawn)
 
 
 def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
@@ -91,12 +114,13 @@ def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
     A few clips stand for the world and its words as they are now.
     """
     asked = f"{section.seed} {section.count} {section.chunks} {section.hide_share}"
+    asked += f" {section.scene_chunks}" if section.scene_chunks else ""
     total = hashlib.sha256(asked.encode())
     for index in range(min(section.count, SAMPLED)):
-        clip = clip_of(preset, section, index)
-        pixels, _ = render(clip.frames, preset.height, preset.width)
-        ids, _ = caption_ids(preset, [clip.captions])
-        total.update(pixels.tobytes() + ids.numpy().tobytes() + "|".join(clip.captions).encode())
+        scenes = scenes_of(preset, section, index)
+        pixels, captions = pixels_of(preset, scenes), captions_of(scenes)
+        ids, _ = caption_ids(preset, [captions])
+        total.update(pixels.tobytes() + ids.numpy().tobytes() + "|".join(captions).encode())
     for name, value in sorted(codec.state_dict().items()):
         if not name.startswith("decoder."):
             total.update(name.encode() + value.float().cpu().numpy().tobytes())
@@ -142,10 +166,9 @@ def build(preset: Preset, section: ClipsSection, codec: Codec, digest: str, *, b
 
 
 @torch.no_grad()
-def encode_clip(preset: Preset, codec: Codec, clip: Clip) -> Tensor:
+def encode_clip(preset: Preset, codec: Codec, scenes: Sequence[Clip]) -> Tensor:
     """Normalised latents [F, C, h, w] of one clip."""
-    pixels, _ = render(clip.frames, preset.height, preset.width)
-    return codec.encode(torch.from_numpy(pixels)[None])[0]
+    return codec.encode(torch.from_numpy(pixels_of(preset, scenes))[None])[0]
 
 
 def caption_ids(
@@ -166,9 +189,11 @@ def _encode_piece(
 ) -> Piece:
     codec = build_codec(preset.codec, preset.dit)
     codec.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
-    clips = [clip_of(preset, section, index) for index in piece]
+    clips = [scenes_of(preset, section, index) for index in piece]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         latents = torch.stack([encode_clip(preset, codec, clip) for clip in clips])
-    hidden = np.array([~clip.script.visible_KO.any(axis=1) for clip in clips])
-    objects = np.array([clip.script.visible_KO.shape[1] for clip in clips], dtype=np.uint8)
-    return latents.half().numpy(), hidden, objects, [clip.captions for clip in clips]
+    scripts = [[scene.script for scene in scenes] for scenes in clips]
+    hidden = np.array([np.concatenate([s.hidden_K for s in clip]) for clip in scripts])
+    objects = [max(s.colour_KO.shape[1] for s in clip) for clip in scripts]
+    counts = np.array(objects, dtype=np.uint8)
+    return latents.half().numpy(), hidden, counts, [captions_of(scenes) for scenes in clips]

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from echo_ray.errors import WeightsError
+from echo_ray.training.budget import Budget, learning_rate_factor
 from echo_ray.training.group import process_rank, refuse_minutes, wait_for_all
 from echo_ray.training.pictures import curve_picture
-from echo_ray.training.recipe import Budget, learning_rate_factor
 
 CHECKPOINT = "checkpoint.pt"
 SMOOTH = 0.97

@@ -6,7 +6,6 @@ all of them; what belongs to one stage is in the section of its name.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from echo_ray.config import require
@@ -14,6 +13,8 @@ from echo_ray.preset import CacheShape
 
 STAGES = ("codec", "teacher", "pretrain", "fewstep", "streaming")
 """In the order in which each can begin from those before it."""
+SHORTEST_SCENE = 5
+"""Chunks of the shortest scene in a clip of several."""
 OBJECTIVES = ("regression", "dmd")
 
 
@@ -119,6 +120,9 @@ class ClipsSection:
     chunks: int = 10
     """Chunks a clip: enough to reach the cache's stationary regime."""
     seed: int = 7
+    scene_chunks: int | None = None
+    """Most chunks of one scene: a longer clip is several scenes, cut one after the other, as a
+    stream whose prompts change. None: every clip is one scene."""
     hide_share: float | None = None
     """Share of clips whose object hides and comes back: what a memory is learned from. None: as
     in the world, about one in five."""
@@ -132,6 +136,10 @@ class ClipsSection:
             value = getattr(self, name)
             require(value >= 1, f"clips.{name}", value, "at least 1")
         require(self.chunks >= 2, "clips.chunks", self.chunks, "at least 2")
+        longest = self.scene_chunks
+        fits = longest is None or longest >= 2 * SHORTEST_SCENE
+        rule = f"at least {2 * SHORTEST_SCENE}, or none for whole clips"
+        require(fits, "clips.scene_chunks", longest, rule)
         share = self.hide_share is None or 0 <= self.hide_share <= 1
         require(share, "clips.hide_share", self.hide_share, "from 0 to 1")
 
@@ -372,29 +380,3 @@ class StreamingRecipe(RolloutRecipe):
 
 
 Recipe = CodecRecipe | TeacherRecipe | PretrainRecipe | FewstepRecipe | StreamingRecipe
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Budget:
-    """When a stage ends: after so many steps, or after so many minutes of its own work."""
-
-    steps: int
-    minutes: float | None = None
-
-    def progress(self, step: int, elapsed_s: float) -> float:
-        """From 0 at the start to 1 at the end; decides the learning rate."""
-        if self.minutes is not None:
-            return min(1.0, elapsed_s / (60 * self.minutes))
-        return min(1.0, step / self.steps)
-
-
-def learning_rate_factor(
-    progress: float, schedule: str = "cosine", warm_up: float = 0.02, level: float = 0.5
-) -> float:
-    """Rise, stay, then fall as a cosine to nearly nothing; or stay for good."""
-    if progress < warm_up:
-        return max(progress / warm_up, 0.02)
-    if progress < level or schedule == "constant":
-        return 1.0
-    fall = (progress - level) / (1 - level)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))

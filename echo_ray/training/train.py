@@ -13,6 +13,7 @@ import torch
 from echo_ray.errors import ConfigError
 from echo_ray.preset import Preset, load_preset
 from echo_ray.training.bank import load_or_build
+from echo_ray.training.budget import Budget
 from echo_ray.training.codec_stage import CodecStage
 from echo_ray.training.fewstep_stage import FewstepStage
 from echo_ray.training.group import first_process_first, process_rank, training_group
@@ -20,7 +21,6 @@ from echo_ray.training.loop import CHECKPOINT, Progress, Stage, run_stage
 from echo_ray.training.pretrain_stage import PretrainStage
 from echo_ray.training.prompts import prompt_bank
 from echo_ray.training.recipe import (
-    Budget,
     CodecRecipe,
     FewstepRecipe,
     PretrainRecipe,

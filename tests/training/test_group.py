@@ -22,8 +22,8 @@ import torch
 from training_rig import small_stage
 from echo_ray.errors import ConfigError
 from echo_ray.training.group import first_process_first, process_rank, training_group
+from echo_ray.training.budget import Budget
 from echo_ray.training.loop import run_stage
-from echo_ray.training.recipe import Budget
 
 torch.set_num_threads(1)
 out = Path(sys.argv[1])

@@ -10,16 +10,15 @@ import pytest
 
 from echo_ray.errors import ConfigError, ModelUnknown
 from echo_ray.preset import PRESETS, load_preset
+from echo_ray.training.budget import Budget, learning_rate_factor
 from echo_ray.training.recipe import (
     STAGES,
-    Budget,
     DmdSection,
     FewstepRecipe,
     OptimizerSection,
     PretrainRecipe,
     PretrainSection,
     StreamingRecipe,
-    learning_rate_factor,
 )
 from echo_ray.training.recipe_file import CONFIGS, find_recipes, named_folder, read_recipe
 from echo_ray.training.train import preset_of
@@ -79,6 +78,7 @@ def test_values_are_changed_from_the_command_line() -> None:
         ("run.device=tpu", r"run\.device: 'tpu'"),
         ("ema.decay=1.0", r"ema\.decay: 1\.0"),
         ("clips.count=0", r"clips\.count: 0"),
+        ("clips.scene_chunks=9", r"clips\.scene_chunks: 9 is not allowed: at least 10"),
         ("clips.hide_share=1.5", r"clips\.hide_share: 1\.5 is not allowed: from 0 to 1"),
         ("fresh=[codec]", r"fresh: \('codec',\)"),
         ("stage=deploy", r"stage: 'deploy' is not allowed: one of codec, teacher"),

@@ -15,12 +15,13 @@ from training_rig import CPU, lively_model, losses_of, small_bank, small_stage
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.preset import Preset
 from echo_ray.training.bank import bank_digest, load_or_build, take
+from echo_ray.training.budget import Budget
 from echo_ray.training.codec_stage import CodecStage
 from echo_ray.training.context import draw_repeats, erase_objects, find_objects, find_returns
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import Progress, Stage, run_stage, step_random
 from echo_ray.training.pretrain_stage import pick_clips
-from echo_ray.training.recipe import Budget, ClipsSection, CodecRecipe, CodecSection, RunSection
+from echo_ray.training.recipe import ClipsSection, CodecRecipe, CodecSection, RunSection
 from echo_ray.training.trainable import new_codec
 from echo_ray.training.video_model import load_codec, load_video_model, training_device
 from echo_ray.weights.folder import WeightsFolder
