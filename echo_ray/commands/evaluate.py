@@ -35,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cases", type=int, help="how many; each instrument has its own number")
     parser.add_argument("--chunks", type=int, default=400, help="length of each drift stream")
+    for kind, under in (("constant", "one prompt"), ("switched", "changing prompts")):
+        parser.add_argument(
+            f"--{kind}-streams", type=int, help=f"drift streams under {under}; --cases if not given"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the cases")
     parser.add_argument("--out", type=Path, help=f"folder to write to; {OUT}/WHAT if not given")
 
@@ -58,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             cases=instruments.INSTRUMENTS[name].cases if args.cases is None else args.cases,
             seed=args.seed,
             chunks=args.chunks,
+            constant_streams=args.constant_streams,
+            switched_streams=args.switched_streams,
         )
         for name in names
     }
@@ -98,4 +104,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     if args.cases is not None:
         words += ["--cases", str(args.cases)]
     words += ["--chunks", str(args.chunks), "--seed", str(args.seed)]
+    for kind in ("constant", "switched"):
+        if (count := getattr(args, f"{kind}_streams")) is not None:
+            words += [f"--{kind}-streams", str(count)]
     return words + (["--out", str(args.out)] if args.out else [])

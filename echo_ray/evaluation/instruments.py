@@ -6,7 +6,7 @@ import difflib
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from echo_ray.errors import InvalidRequestError
@@ -46,7 +46,7 @@ INSTRUMENTS: Mapping[str, Instrument] = {
     "switching": Instrument(switching.measure, 64, "chunks until a new prompt holds"),
     "recall": Instrument(recall.measure, 48, "does a hidden object come back as it was"),
     "drift": Instrument(drift.measure, 2, "does a long stream stay what it was"),
-    "consolidation": Instrument(consolidation.measure, 48, "what rebuilding the window costs"),
+    "consolidation": Instrument(consolidation.measure, 96, "what rebuilding the window costs"),
     "motion": Instrument(motion.measure, 64, "do objects move as in the true world"),
     "wording": Instrument(wording.measure, 48, "the same scenes in other words"),
     "speed": Instrument(speed.measure, 4, "frames a second, by stage", any_world=True),
@@ -83,7 +83,7 @@ def run(
     instrument = INSTRUMENTS[name]
     if not instrument.any_world:
         check_world(subject.preset, name)
-    return _measured(lambda: instrument.measure(subject, plan), subject, plan, out, command)
+    return _measured(lambda p: instrument.measure(subject, p), subject, plan, out, command)
 
 
 def run_compare(
@@ -96,21 +96,30 @@ def run_compare(
     for subject in subjects.values():
         check_world(subject.preset, compare.WHAT)
     first = next(iter(subjects.values()))
-    return _measured(lambda: compare.measure(subjects, plan), first, plan, out, command)
+    return _measured(lambda p: compare.measure(subjects, p), first, plan, out, command)
 
 
 def _measured(
-    measure: Callable[[], Report], subject: Subject, plan: Plan, out: Path, command: Sequence[str]
+    measure: Callable[[Plan], Report],
+    subject: Subject,
+    plan: Plan,
+    out: Path,
+    command: Sequence[str],
 ) -> tuple[Report, tuple[Path, Path]]:
+    """What is measured so far is written as well, so that a run that is stopped is not lost."""
     claim(out)
     begun = time.perf_counter()
-    report = measure()
-    origin = Origin(
-        preset=subject.preset.name,
-        fingerprint=subject.engine().fingerprint,
-        command=shlex.join(command),
-        cases=plan.cases,
-        seed=plan.seed,
-        seconds=time.perf_counter() - begun,
-    )
-    return report, write(report, origin, out)
+
+    def keep(report: Report) -> tuple[Path, Path]:
+        origin = Origin(
+            preset=subject.preset.name,
+            fingerprint=subject.engine().fingerprint,
+            command=shlex.join(command),
+            cases=plan.cases,
+            seed=plan.seed,
+            seconds=time.perf_counter() - begun,
+        )
+        return write(report, origin, out)
+
+    report = measure(replace(plan, so_far=keep))
+    return report, keep(report)

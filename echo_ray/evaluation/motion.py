@@ -17,10 +17,9 @@ from echo_ray.engine.frames import pixels
 from echo_ray.evaluation.cases import SPEED_NAMES, Scene, caption, draw_scene, true_clip
 from echo_ray.evaluation.chart import Bar, Bars, Line, Lines
 from echo_ray.evaluation.report import Figure, Report, rate_bar
-from echo_ray.evaluation.rollout import Plan, case_rng, counted, roll, session_seed
+from echo_ray.evaluation.rollout import Plan, case_rng, counted, look, roll, session_seed
 from echo_ray.evaluation.statistics import Rate, Spread, kolmogorov_smirnov, mean, quantile
 from echo_ray.evaluation.subject import Subject
-from echo_ray.scenes.detector import detect
 from echo_ray.scenes.world import SPEEDS
 from echo_ray.session.engine_port import StreamShape
 
@@ -88,9 +87,7 @@ def bounces(velocity: NDArray[np.float64]) -> int:
 
 def centres(frames: NDArray[np.uint8]) -> Track:
     """The one object's centre, frame by frame; None where there is none, or more than one."""
-    return [
-        (s.objects[0].x, s.objects[0].y) if len(s.objects) == 1 else None for s in detect(frames)
-    ]
+    return [(s.objects[0].x, s.objects[0].y) if len(s.objects) == 1 else None for s in look(frames)]
 
 
 def nearest_speed(speed: float) -> str | None:

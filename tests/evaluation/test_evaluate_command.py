@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from echo_ray import __version__
 from echo_ray.cli import main
-from echo_ray.evaluation import compare
+from echo_ray.evaluation import compare, drift
 from echo_ray.preset import PRESETS
 
 
@@ -42,6 +43,27 @@ def test_it_compares_models_by_name(
     assert same == {True}
 
 
+def test_a_drift_run_that_is_stopped_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "SHOW_EVERY", 6)
+    seen = drift.vote
+    left = iter(range(9))
+
+    def interrupted(*args: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return seen(*args)
+
+    monkeypatch.setattr(drift, "vote", interrupted)
+    command = ["evaluate", "drift", "--constant-streams", "2", "--switched-streams", "0"]
+    assert main([*command, "--chunks", "12", "--out", str(tmp_path)]) == 130
+    body = json.loads((tmp_path / "drift.json").read_text())
+    assert [(case["kind"], case["chunks"]) for case in body["cases"]] == [(drift.CONSTANT, 3)] * 2
+    assert "Unfinished: 6 of 24 chunks." in body["notes"]
+    assert "--constant-streams 2 --switched-streams 0" in body["command"]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -54,6 +76,8 @@ def test_it_compares_models_by_name(
         (["recal"], "evaluate 'recal' is unknown (did you mean recall?)"),
         (["recall", "--cases", "0"], "--cases 0: give 1 to 1000000"),
         (["drift", "--chunks", "0"], "--chunks 0: give 1"),
+        (["drift", "--constant-streams", "-1"], "--constant-streams -1: give 0"),
+        (["drift", "--switched-streams", "-1"], "--switched-streams -1: give 0"),
         (["recall", "--seed", "-1"], "--seed -1: give 0"),
         (["recall", "--set", "model.preset=echo-infinity-1.3b"], "there is no detector for"),
         (["all", "--set", "model.preset=echo-infinity-1.3b"], "there is no detector for"),
