@@ -171,19 +171,51 @@ class RedisSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class S3Section:
+    """The bucket of the backends `s3` and `tiered`; credentials as every AWS client finds them."""
+
+    bucket: str = ""
+    prefix: str = "echo-ray"
+    endpoint: str | None = None
+    """A server other than AWS."""
+    region: str | None = None
+    path_style: bool = False
+    """The bucket in the path instead of the host name (MinIO, Ceph)."""
+    profile: str | None = None
+    encryption: str = "none"
+    kms_key_id: str | None = None
+    conditional_writes: bool = True
+    timeout_s: float = 30.0
+    durable_every: int = 6
+    """With `tiered`, the first and then every Nth snapshot of a session goes to S3 as well."""
+
+    def __post_init__(self) -> None:
+        known = self.encryption in ("none", "AES256", "aws:kms")
+        require(known, "storage.s3.encryption", self.encryption, "none, AES256 or aws:kms")
+        fits = 0.1 <= self.timeout_s <= 3600
+        require(fits, "storage.s3.timeout_s", self.timeout_s, "0.1 to 3600 seconds")
+        often = 1 <= self.durable_every <= 1000
+        require(often, "storage.s3.durable_every", self.durable_every, "1 to 1000")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StorageSection:
     """Where sessions, control logs and snapshots rest."""
 
     backend: str = "local"
-    """`local` (one machine), `redis`, or `memory` (one process, for tests)."""
+    """`local`: one machine. `redis`: all on Redis. `s3`: snapshots on S3 instead. `tiered`:
+    snapshots on Redis, and some of them on S3 too. `memory`: one process, for tests."""
     path: str = ".echo-ray"
     """Folder of the `local` backend: one SQLite database and the snapshot files."""
     snapshot_limit_bytes: int = 256 * 2**20
     redis: RedisSection = field(default_factory=RedisSection)
+    s3: S3Section = field(default_factory=S3Section)
 
     def __post_init__(self) -> None:
-        known = self.backend in ("local", "memory", "redis")
-        require(known, "storage.backend", self.backend, "local, memory or redis")
+        known = self.backend in ("local", "memory", "redis", "s3", "tiered")
+        require(known, "storage.backend", self.backend, "local, redis, s3, tiered or memory")
+        named = bool(self.s3.bucket) or self.backend not in ("s3", "tiered")
+        require(named, "storage.s3.bucket", self.s3.bucket, "name a bucket")
         require(bool(self.path), "storage.path", self.path, "name a folder")
         require(
             2**10 <= self.snapshot_limit_bytes <= 2**40,

@@ -1,80 +1,136 @@
-"""From configuration to stores: the one place that knows which backends there are."""
+"""From configuration to stores: the one place that knows which backends there are.
+
+Redis and S3 are imported only where a backend uses them.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echo_ray.clock import Clock
 from echo_ray.config import RedisSection, StorageSection
 from echo_ray.errors import ConfigError
-from echo_ray.storage.interface import Directory, SnapshotStore
+from echo_ray.storage.interface import Directory, SweptStore
 from echo_ray.storage.local import LocalDirectory, LocalSnapshots
 from echo_ray.storage.memory import MemoryDirectory, MemorySnapshots
 
 if TYPE_CHECKING:
     from echo_ray.storage.redis_link import RedisServer
+    from echo_ray.storage.redis_snapshots import RedisSnapshots
+    from echo_ray.storage.s3_snapshots import S3Snapshots
 
 DATABASE = "directory.sqlite3"
 SNAPSHOTS = "snapshots"
 
 
 def open_directory(config: StorageSection, clock: Clock) -> Directory:
-    """The session directory of that configuration; `memory` is a new, empty one at every call."""
+    """The session directory of that configuration; `memory` is a new, empty one at every call.
+
+    Raises `ConfigError` if the server cannot keep its promises, `StoreUnavailable` if it does not
+    answer.
+    """
     match config.backend:
         case "local":
             return LocalDirectory(_folder(config) / DATABASE, clock)
         case "memory":
             return MemoryDirectory(clock)
-        case "redis":
-            server = _redis(config.redis)
-            from echo_ray.storage.redis_directory import RedisDirectory
-
-            return RedisDirectory(
-                server,
-                clock,
-                prefix=config.redis.prefix,
-                durability=config.redis.durability,
-                replicas=config.redis.replicas,
-            )
+        case "redis" | "s3" | "tiered":
+            return _redis_directory(config.redis, clock)
         case other:
             raise _unknown(other)
 
 
-def open_snapshots(config: StorageSection) -> SnapshotStore:
-    """The snapshot store of that configuration; `memory` is a new, empty one at every call."""
+def open_snapshots(config: StorageSection) -> SweptStore:
+    """The snapshot store of that configuration; `memory` is a new, empty one at every call.
+
+    Asks no server anything; `check_stores` does.
+    """
     match config.backend:
         case "local":
             return LocalSnapshots(_folder(config) / SNAPSHOTS, config.snapshot_limit_bytes)
         case "memory":
             return MemorySnapshots(config.snapshot_limit_bytes)
         case "redis":
-            server = _redis(config.redis)
-            from echo_ray.storage.redis_snapshots import RedisSnapshots
+            return _redis_snapshots(config)
+        case "s3":
+            return _s3_snapshots(config)
+        case "tiered":
+            from echo_ray.storage.tiered import TieredSnapshots
 
-            return RedisSnapshots(
-                server,
-                prefix=config.redis.prefix,
-                limit_bytes=config.snapshot_limit_bytes,
+            store = TieredSnapshots(
+                _redis_snapshots(config),
+                _s3_snapshots(config),
+                durable_every=config.s3.durable_every,
             )
+            store.start()
+            return store
         case other:
             raise _unknown(other)
+
+
+def check_stores(config: StorageSection, clock: Clock) -> None:
+    """Try everything once, before a service starts. Raises what is wrong, with the remedy."""
+    open_directory(config, clock).close()
+    if config.backend in ("s3", "tiered"):
+        store = _s3_snapshots(config)
+        try:
+            store.check()
+        finally:
+            store.close()
 
 
 def _folder(config: StorageSection) -> Path:
     return Path(config.path).expanduser()
 
 
+def _redis_directory(section: RedisSection, clock: Clock) -> Directory:
+    server = _redis(section)
+    from echo_ray.storage.redis_directory import RedisDirectory
+
+    return RedisDirectory(
+        server,
+        clock,
+        prefix=section.prefix,
+        durability=section.durability,
+        replicas=section.replicas,
+    )
+
+
+def _redis_snapshots(config: StorageSection) -> RedisSnapshots:
+    server = _redis(config.redis)
+    from echo_ray.storage.redis_snapshots import RedisSnapshots
+
+    limit_bytes = config.snapshot_limit_bytes
+    return RedisSnapshots(server, prefix=config.redis.prefix, limit_bytes=limit_bytes)
+
+
+def _s3_snapshots(config: StorageSection) -> S3Snapshots:
+    section = config.s3
+    with _installed():
+        from echo_ray.storage.s3_snapshots import S3Snapshots
+    return S3Snapshots(
+        section.bucket,
+        prefix=section.prefix,
+        endpoint=section.endpoint,
+        region=section.region,
+        path_style=section.path_style,
+        profile=section.profile,
+        encryption=section.encryption,
+        kms_key_id=section.kms_key_id,
+        conditional_writes=section.conditional_writes,
+        limit_bytes=config.snapshot_limit_bytes,
+        timeout_s=section.timeout_s,
+    )
+
+
 def _redis(section: RedisSection) -> RedisServer:
     """Where the server is, with the password read now. Raises `ConfigError`."""
-    try:
+    with _installed():
         from echo_ray.storage.redis_link import RedisServer
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"storage.backend: {error.name!r} is not installed; pip install 'echo-ray[cluster]'",
-            param="storage.backend",
-        ) from error
     return RedisServer(
         url=section.url,
         username=section.username,
@@ -84,6 +140,17 @@ def _redis(section: RedisSection) -> RedisServer:
         key_file=section.key_file,
         timeout_s=section.timeout_s,
     )
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"storage.backend: {error.name!r} is not installed; pip install 'echo-ray[cluster]'",
+            param="storage.backend",
+        ) from error
 
 
 def _password(section: RedisSection) -> str | None:

@@ -171,13 +171,12 @@ def main(folder: Path) -> None:
                 quick = RedisDirectory(there, SystemClock(), durability="memory")
                 alone(quick, 400, 20)
                 say("  of which waits for the disk, by durability everysec:")
-                row(
-                    "append_control",
-                    [
-                        timed(lambda n=n: directory.append_control("alone-2", f"e{n}", PROMPT))
-                        for n in range(20)
-                    ],
-                )
+                append = directory.append_control
+                appending = [
+                    timed(lambda n=n, append=append: append("alone-2", f"e{n}", PROMPT))
+                    for n in range(20)
+                ]
+                row("append_control", appending)
                 together(quick, 16, 50)
                 blobs(quick, store)
                 quick.close()
