@@ -111,7 +111,7 @@ class RedisLink:
         last. Raises `StoreUnavailable`, `StoreFull`, `StoreCorrupt`.
         """
         if self._closed.is_set():
-            raise StoreUnavailable(f"{self.address}: the store is closed; open it again")
+            raise self._over()
         try:
             replies = self._exchange_again(commands, wait)
             if any(isinstance(reply, failures.NoScriptError) for reply in replies):
@@ -120,10 +120,16 @@ class RedisLink:
                 replies = self._exchange_again(commands, wait)
             _raise_first(replies)
         except (failures.RedisError, OSError) as error:
-            raise self._meaning(error) from error
+            raise self._over() if self._closed.is_set() else self._meaning(error) from error
+        except (AttributeError, ValueError) as error:
+            # What `redis` says in a thread whose connection another one closes.
+            if self._closed.is_set():
+                raise self._over() from error
+            raise
         return replies
 
     def close(self) -> None:
+        """Close all connections, also those that wait for an answer; twice is allowed."""
         self._closed.set()
         self._pool.disconnect()
 
@@ -132,6 +138,9 @@ class RedisLink:
         return StoreCorrupt(
             f"{self.address}: {what}; delete the key or restore the server's files from a backup"
         )
+
+    def _over(self) -> StoreUnavailable:
+        return StoreUnavailable(f"{self.address}: the store is closed; open it again")
 
     def _exchange_again(self, commands: Sequence[Command], wait: Sequence[Command]) -> list[Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,27 @@ def test_a_closed_directory_is_unavailable(server: RedisProcess) -> None:
     for call in CALLS:
         with pytest.raises(StoreUnavailable, match="closed"):
             call(directory)
+
+
+def test_closing_ends_calls_that_wait(server: RedisProcess) -> None:
+    for _ in range(5):
+        directory = opened(server, timeout_s=0.4)
+        server.pause()
+        errors: list[Exception] = []
+
+        def ask(directory: RedisDirectory = directory, errors: list[Exception] = errors) -> None:
+            try:
+                directory.get("s1")
+            except Exception as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.02)
+        directory.close()
+        asking.join(5)
+        server.go_on()
+        assert [type(e) for e in errors] == [StoreUnavailable]
 
 
 def test_a_server_that_forgot_the_scripts_learns_them_again(server: RedisProcess) -> None:
@@ -279,6 +301,7 @@ def test_a_replica_must_have_the_change_and_is_no_primary(
     directory = opened(server, replicas=1)
     with pytest.raises(StoreUnavailable, match="only on 0 of 1 replicas"):
         directory.create(new())
+    server.ask("CONFIG", "SET", "repl-diskless-sync-delay", 0)
     second = RedisProcess(tmp_path / "second", replicaof=f"127.0.0.1 {server.port}").start()
     try:
         deadline = time.monotonic() + 20
