@@ -216,6 +216,23 @@ def test_a_debt_that_can_never_be_paid_holds_up_no_other(tiers: Tiers) -> None:
     assert tiers.store.counts()["unpaid"] == 2
 
 
+def test_a_damaged_blob_is_not_copied_and_holds_up_no_other(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiers.hot.get
+
+    def get(session_id: str, snapshot_id: str) -> bytes:
+        if session_id == "s1":
+            raise StoreCorrupt("damaged")
+        return plain(session_id, snapshot_id)
+
+    monkeypatch.setattr(tiers.hot, "get", get)
+    tiers.store.put("s1", "p0", b"x")
+    tiers.store.put("s2", "p0", b"fine")
+    assert tiers.store.pay() == 0
+    assert [b.session_id for b in tiers.durable.list_blobs()] == ["s2"]
+
+
 def test_debts_are_bounded_and_the_oldest_are_forgotten() -> None:
     tiers = Tiers(durable_every=1, debt_limit=2)
     tiers.put("p0", "p1", "p2")
