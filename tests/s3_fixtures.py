@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from s3_server import SECRET, Door, S3Server, serve_door, snapshots
 
+from echo_ray.storage.s3_client import MIN_PART_BYTES
 from echo_ray.storage.s3_snapshots import S3Snapshots
 
 
@@ -48,3 +49,23 @@ def s3_door(s3_server: S3Server, s3_keys: None) -> Iterator[Door]:
     yield door
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def door_store(s3_server: S3Server, s3_door: Door) -> Iterator[S3Snapshots]:
+    store = snapshots(s3_door.url, s3_server.bucket(), timeout_s=6.0)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def parts_store(s3_server: S3Server, s3_door: Door) -> Iterator[S3Snapshots]:
+    store = snapshots(
+        s3_door.url,
+        s3_server.bucket(),
+        multipart_threshold_bytes=MIN_PART_BYTES,
+        part_bytes=MIN_PART_BYTES,
+        timeout_s=12.0,
+    )
+    yield store
+    store.close()

@@ -113,6 +113,11 @@ def error(status: int, code: str, message: str = "told by a test") -> tuple[int,
     return status, b'<?xml version="1.0" encoding="UTF-8"?>' + body.encode()
 
 
+def answering(reply: tuple[int, bytes], *methods: str) -> Callable[[str], tuple[int, bytes] | None]:
+    """For `Door.spoil`: that reply to requests of these methods, or to all."""
+    return lambda what: reply if not methods or what.split()[0] in methods else None
+
+
 def serve_door(server_url: str, door: Door) -> ThreadingHTTPServer:
     target = urlsplit(server_url).netloc
 
