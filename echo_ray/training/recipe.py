@@ -221,6 +221,10 @@ class RolloutSection:
     """regression: towards the true clip. dmd: towards a teacher's distribution."""
     own_share: float = 0.75
     """regression: share of chunks whose context is the student's own; the rest is the truth."""
+    aligned_from: int = 2
+    """regression: what began at an earlier sampler step is never context. From so much noise the
+    student makes up what the caption leaves open, and the clip goes on otherwise: it would learn
+    to believe nothing that it remembers. 0: everything may be."""
     lead_steps: int = 1
     """regression: most sampler steps of the student's own before the step that is trained."""
     context_noise: float = 0.0
@@ -238,7 +242,9 @@ class RolloutSection:
         require(self.batch >= 1, "rollout.batch", self.batch, "at least 1")
         known = self.objective in OBJECTIVES
         require(known, "rollout.objective", self.objective, " or ".join(OBJECTIVES))
-        require(self.lead_steps >= 0, "rollout.lead_steps", self.lead_steps, "0 or more")
+        for name in ("lead_steps", "aligned_from"):
+            steps = getattr(self, name)
+            require(steps >= 0, f"rollout.{name}", steps, "0 or more")
         positive = self.fast_forward >= 0
         require(positive, "rollout.fast_forward", self.fast_forward, "0 or more")
 

@@ -1,8 +1,9 @@
 """What the two stages share in which the student makes its own past: rollout and objectives.
 
 `regression`: every chunk begins from the truth at some noise level, the student denoises it by its
-own sampler's steps, and the step that is trained is drawn towards the true latents; its result, not
-the truth, is what later chunks see. So the past has the student's own errors and yet fits the clip.
+own sampler's steps, and the step that is trained is drawn towards the true latents. Where it began
+from little noise its result, not the truth, is what later chunks see. So the past has the student's
+own errors and yet fits the clip.
 
 `dmd`: every chunk begins from noise; one step of the sampler is trained for all chunks of a
 rollout, and what it makes is judged as a whole clip by the two scores of `dmd.py`.
@@ -80,8 +81,9 @@ class SelfStage(VideoStage):
             prompt = chunk_prompt(prompts, batch, chunks, k)
             chunk = Chunk(prompt, clips.ids_BKL[:, k], clips.hidden_BK[:, k])
             first = rollout.next_chunk == 0
+            aligned_B: Tensor | None = None
             if self.dmd is None:
-                clean, loss = self._towards(rollout, chunk, truth, random)
+                clean, loss, aligned_B = self._towards(rollout, chunk, truth, random)
                 losses.append(loss)
                 weights.append(self.section.first_chunk_weight if first else 1.0)
             else:
@@ -89,7 +91,7 @@ class SelfStage(VideoStage):
                 draw = self._draws(rollout, truth, random)
                 clean = rollout.denoise(chunk, draw, exit_step, fast_forward=repeats)
             made.append(clean)
-            rollout.absorb(chunk, self._context(clean.detach(), truth, random))
+            rollout.absorb(chunk, self._context(clean.detach(), truth, aligned_B, random))
         total = None
         if losses:
             total = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
@@ -138,8 +140,9 @@ class SelfStage(VideoStage):
 
     def _towards(
         self, rollout: Rollout, chunk: Chunk, truth: Tensor, random: StepRandom
-    ) -> tuple[Tensor, Tensor]:
-        """The student's chunk, and its distance from the truth in units of the flow."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's chunk, its distance from the truth in units of the flow, and in which rows
+        it began from so little noise that it fits the clip."""
         section, batch = self.section, truth.shape[0]
         exit_step = int(random.data.integers(len(rollout.schedule)))
         most = min(section.lead_steps, exit_step)
@@ -150,7 +153,8 @@ class SelfStage(VideoStage):
         clean = rollout.denoise(chunk, draw, exit_step, lead=lead, fast_forward=repeats)
         error = (clean - truth).square().mean(dim=2) / rollout.schedule.sigmas[exit_step] ** 2
         weight = latent_weight(truth, section.object_weight)
-        return clean, (error * weight).sum() / weight.sum()
+        aligned_B = lead.first_step_B >= section.aligned_from
+        return clean, (error * weight).sum() / weight.sum(), aligned_B
 
     def _draws(self, rollout: Rollout, truth: Tensor, random: StepRandom) -> partial[Tensor]:
         """All the noise that a chunk's sampler can ask for."""
@@ -158,9 +162,12 @@ class SelfStage(VideoStage):
         noise = torch.randn(size, generator=random.noise).to(self.device)
         return partial(torch.select, noise, 0)
 
-    def _context(self, clean: Tensor, truth: Tensor, random: StepRandom) -> Tensor:
+    def _context(
+        self, clean: Tensor, truth: Tensor, aligned_B: Tensor | None, random: StepRandom
+    ) -> Tensor:
         """What later chunks take for this one."""
-        if self.dmd is None:
+        if aligned_B is not None:
             own = torch.from_numpy(random.data.random(len(clean)) < self.section.own_share)
-            clean = torch.where(own.to(self.device)[:, None, None, None, None], clean, truth)
+            own_B = own.to(self.device) & aligned_B
+            clean = torch.where(own_B[:, None, None, None, None], clean, truth)
         return with_noise(clean, self.section.context_noise, random)

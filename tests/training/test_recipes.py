@@ -85,6 +85,7 @@ def test_values_are_changed_from_the_command_line() -> None:
         ("streaming.overlap_chunks=7", r"streaming\.overlap_chunks: 7.*less than"),
         ("streaming.bptt_clips=0", r"streaming\.bptt_clips: 0"),
         ("rollout.fast_forward=-1", r"rollout\.fast_forward: -1"),
+        ("rollout.aligned_from=-1", r"rollout\.aligned_from: -1"),
         ("rollout.batch=0", r"rollout\.batch: 0"),
         ("run.folder=a/b", r"run\.folder: 'a/b' is not allowed: letters, digits and underscores"),
         ("run.folder=..", r"run\.folder: '\.\.'"),

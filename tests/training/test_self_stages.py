@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_rig import losses_of, small_bank, small_stage
+from training_rig import CPU, losses_of, small_bank, small_stage
 
 from echo_ray.errors import ConfigError
+from echo_ray.training.bank import take
 from echo_ray.training.loop import step_random
-from echo_ray.training.video_model import VideoModel
+from echo_ray.training.rollout import Chunk, Rollout
+from echo_ray.training.video_model import VideoModel, chunk_prompt
 
 FAST = {"lr": 1e-2}
 DMD = {"rollout": {"objective": "dmd"}, "dmd": {"teacher": "nowhere", "ratio": 2}}
@@ -179,3 +181,41 @@ def test_recipes_that_do_not_fit_their_bank_are_refused() -> None:
         small_stage("pretrain", 4)
     with pytest.raises(ConfigError, match=r"teacher\.chunks"):
         small_stage("teacher", 6)
+
+
+@pytest.mark.parametrize(("aligned_from", "own"), [(0, True), (9, False)])
+def test_only_what_began_from_little_noise_becomes_context(
+    monkeypatch: pytest.MonkeyPatch, aligned_from: int, own: bool
+) -> None:
+    rollout = {"own_share": 1.0, "aligned_from": aligned_from}
+    stage = small_stage("fewstep", rollout=rollout)
+    contexts: list[torch.Tensor] = []
+    absorb = Rollout.absorb
+
+    def spied(self: Rollout, chunk: Chunk, context: torch.Tensor) -> None:
+        contexts.append(context)
+        absorb(self, chunk, context)
+
+    monkeypatch.setattr(Rollout, "absorb", spied)
+    random = step_random(7, "fewstep", 0)
+    picked = torch.from_numpy(
+        step_random(7, "fewstep", 0).data.integers(len(stage.bank.ids_SKL), size=2)
+    )
+    truth = take(stage.bank, picked, range(stage.chunks), stage.frames, CPU).latents_BFChw
+    stage.train_step(random, 0.0)
+    for context, true in zip(contexts, truth.chunk(stage.chunks, dim=1), strict=True):
+        assert torch.equal(context, true) != own
+
+
+def test_some_rows_are_aligned_and_some_are_not() -> None:
+    stage = small_stage("fewstep", rollout={"batch": 64, "aligned_from": 1, "lead_steps": 3})
+    rollout = stage.new_rollout(64, step_random(7, "fewstep", 1))
+    truth = torch.randn(64, 3, 4, 4, 4)
+    ids = torch.ones(64, 6, dtype=torch.int64)
+    prompt = chunk_prompt(stage.model.prompts(ids[:, None]), 64, 1, 0)
+    chunk = Chunk(prompt, ids, torch.zeros(64, dtype=torch.bool))
+    seen = set()
+    for step in range(8):
+        _, _, aligned = stage._towards(rollout, chunk, truth, step_random(7, "fewstep", step))
+        seen |= set(aligned.tolist())
+    assert seen == {True, False}
