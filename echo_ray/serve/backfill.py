@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from echo_ray.errors import ClipLost, SnapshotError, StoreUnavailable
-from echo_ray.serve.bench import FAILURES_IN_A_ROW, RETRY_AFTER_S, Bench
+from echo_ray.serve.bench import Bench
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.session.engine_port import State
+from echo_ray.session.owner_events import FAILURES_IN_A_ROW, RETRY_AFTER_S
 from echo_ray.session.pacing import Turn
 from echo_ray.session.replay import ControlLog, Verdict, compare
 

@@ -15,10 +15,6 @@ from echo_ray.session.engine_port import Engine, State
 from echo_ray.session.replay import ControlLog
 from echo_ray.storage.interface import Directory
 
-RETRY_AFTER_S = 0.05
-"""Pause after a store that could not answer; short, for the lease runs meanwhile."""
-FAILURES_IN_A_ROW = 3
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:

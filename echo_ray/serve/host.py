@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from echo_ray.clock import Clock
 from echo_ray.config import EchoConfig
@@ -30,6 +31,7 @@ from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.serve.stepper import Stepper, Work
 from echo_ray.serve.telemetry import Telemetry
+from echo_ray.session import owner_events
 from echo_ray.session.capacity import free_slots
 from echo_ray.session.engine_port import Engine
 from echo_ray.session.lease import LeaseView
@@ -123,6 +125,7 @@ class SessionHost:
             clock=self.clock,
             ttl_s=self.config.session.lease_ttl_s,
             renew_s=self.config.session.lease_renew_s,
+            idle_grace_s=self.config.session.idle_grace_s,
         )
 
     def start(self, address: str) -> None:
@@ -212,12 +215,14 @@ class SessionHost:
         with self._changed:
             here = self._sessions.get(record.id)
             runner = here[0] if here else None
-            if runner is not None and runner.ended is None and not runner.releasing:
-                held = runner.lease
+            if runner is not None and runner.ended is None and not runner.now.releasing:
+                held = runner.now.lease
                 if lease is None:
                     return runner
                 if held is not None and held.lease == lease.lease:
-                    runner.renewed(lease.lease, lease.sent_s)
+                    runner.apply(
+                        partial(owner_events.renewed, lease=lease.lease, sent_s=lease.sent_s)
+                    )
                     return runner
                 if held is None or held.lease.epoch < lease.lease.epoch:
                     runner.adopt(lease, record)
@@ -266,10 +271,7 @@ class SessionHost:
         with self._changed:
             self._draining = True
         for runner in self.runners():
-            if runner.shadow:
-                runner.end(Draining(f"replica {self.replica_id!r} is draining"))
-            else:
-                runner.retire(SessionState.LIVE, going_away=True)
+            runner.apply(partial(owner_events.drained, replica_id=self.replica_id))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Give up every session, say goodbye, stop all threads."""

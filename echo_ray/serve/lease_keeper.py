@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from echo_ray.clock import Clock
 from echo_ray.errors import EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
-from echo_ray.serve.runner import SessionRunner
+from echo_ray.serve.runner import Event, SessionRunner
 from echo_ray.serve.telemetry import Telemetry, log
-from echo_ray.session.records import Lease, OnIdle, ReplicaRecord, SessionState
+from echo_ray.session import owner_events
+from echo_ray.session.owner_events import Effect
+from echo_ray.session.records import Lease, ReplicaRecord
 from echo_ray.storage.interface import Directory
-
-SHADOW_TTL_S = 30.0
-"""A prepared session that nobody takes over is dropped after this."""
 
 
 class LeaseKeeper:
@@ -38,6 +38,7 @@ class LeaseKeeper:
         clock: Clock,
         ttl_s: float,
         renew_s: float,
+        idle_grace_s: float,
     ) -> None:
         self._directory = directory
         self._runners = runners
@@ -49,6 +50,7 @@ class LeaseKeeper:
         self._clock = clock
         self._ttl_s = ttl_s
         self._renew_s = renew_s
+        self._grace_s = idle_grace_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
@@ -82,14 +84,16 @@ class LeaseKeeper:
             self._beat()
         now_s = self._clock.monotonic()
         for runner in runners:
-            self._expire(runner, now_s)
-            self._let_go(runner, now_s)
+            self._told(runner, "expired", partial(owner_events.expired, now_s=now_s))
+            runner.apply(partial(owner_events.idled, now_s=now_s, grace_s=self._grace_s))
             if runner.ended is not None:
                 self._drop(runner)
         self._gauges(runners)
 
     def _renew(self, runners: list[SessionRunner]) -> None:
-        held = {r.lease.lease: r for r in runners if r.lease is not None and r.ended is None}
+        held = {
+            r.now.lease.lease: r for r in runners if r.now.lease is not None and r.ended is None
+        }
         if not held:
             return
         sent_s = self._clock.monotonic()
@@ -100,9 +104,10 @@ class LeaseKeeper:
             return
         for lease, runner in held.items():
             if lease not in lost:
-                runner.renewed(lease, sent_s)
-            elif runner.lost(lease, self._taken(lease)):
-                self._accounts.lease_lost(lease.session_id, "taken", self._taken(lease))
+                runner.apply(partial(owner_events.renewed, lease=lease, sent_s=sent_s))
+            else:
+                taken = self._taken(lease)
+                self._told(runner, "taken", partial(owner_events.lost, lease=lease, error=taken))
 
     @staticmethod
     def _taken(lease: Lease) -> Fenced:
@@ -111,19 +116,11 @@ class LeaseKeeper:
             "read the session again"
         )
 
-    def _expire(self, runner: SessionRunner, now_s: float) -> None:
-        view = runner.lease
-        if view is None:
-            if now_s - runner.arrived_s >= SHADOW_TTL_S:
-                runner.end(Fenced(f"session {runner.session_id!r} was not taken over in time"))
-            return
-        if view.valid(now_s):
-            return
-        error = Fenced(
-            f"session {runner.session_id!r}: the lease of epoch {view.lease.epoch} ran out"
-        )
-        if runner.lost(view.lease, error):
-            self._accounts.lease_lost(runner.session_id, "expired", error)
+    def _told(self, runner: SessionRunner, reason: str, event: Event) -> None:
+        """Let an event have happened that may cost the lease, and count it if it did."""
+        effects = runner.apply(event)
+        if Effect.LOST in effects and runner.ended is not None:
+            self._accounts.lease_lost(runner.session_id, reason, runner.ended)
 
     def _beat(self) -> None:
         try:
@@ -131,20 +128,13 @@ class LeaseKeeper:
         except EchoError as error:
             self._accounts.store_failed("", "heartbeat", error)
 
-    @staticmethod
-    def _let_go(runner: SessionRunner, now_s: float) -> None:
-        verdict = runner.idle_verdict(now_s)
-        if verdict is not None:
-            closed = verdict is OnIdle.CLOSE
-            runner.retire(SessionState.CLOSED if closed else SessionState.PAUSED)
-
     def _gauges(self, runners: list[SessionRunner]) -> None:
         states = {"running": 0, "loading": 0, "shadow": 0}
         oldest: list[float] = []
         for runner in runners:
             if runner.ended is not None:
                 continue
-            owned = "running" if runner.caught_up else "loading"
+            owned = "running" if runner.now.caught_up else "loading"
             states["shadow" if runner.shadow else owned] += 1
             if runner.newest_snapshot_at is not None:
                 oldest.append(runner.newest_snapshot_at)

@@ -1,47 +1,44 @@
-"""One session on the engine thread: load, replay, generate, commit, publish.
+"""One session on the engine thread: carries out what `session/owning.py` says is to be done.
 
     fetch (other thread) -> load -> replay up to next_index -> seal, step, commit, publish, ...
 
 Everything here runs on the one engine thread and does one piece of work per call, so sessions take
 turns at chunk boundaries. Before each write the lease is checked by the own clock, and the store
-refuses a stale one anyway. Nothing is published that is not committed.
+refuses a stale one anyway. What an outcome means is decided in `session/owner_events.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import partial
 
 from echo_ray.errors import (
-    ClipLost,
     ConflictError,
-    EchoError,
     EngineError,
     Fenced,
-    InvalidRequestError,
     NotFoundError,
     SessionClosed,
     SnapshotError,
     StoreUnavailable,
 )
-from echo_ray.serve.bench import FAILURES_IN_A_ROW, RETRY_AFTER_S, Bench
+from echo_ray.serve.bench import Bench
 from echo_ray.serve.fetch import Fetched
-from echo_ray.serve.runner import LeaseOver, SessionRunner
+from echo_ray.serve.runner import Event, SessionRunner
 from echo_ray.serve.segments import Segment
 from echo_ray.serve.telemetry import log
+from echo_ray.session import owner_events, owning
 from echo_ray.session.engine_port import State
-from echo_ray.session.pacing import Demand, Playout, Turn, next_chunk
-from echo_ray.session.records import SessionState
+from echo_ray.session.lease import LeaseView
+from echo_ray.session.owner_events import Effect
+from echo_ray.session.owning import LeaseOver, Pacing, Work
+from echo_ray.session.pacing import Turn
 from echo_ray.session.replay import ControlLog, Verdict, compare
-
-FOLLOW_EVERY_S = 0.05
-"""A shadow looks for new commits this often."""
 
 
 class Progress:
-    """The engine thread's side of one session."""
+    """The engine thread's side of one session: its state, its log, and the chunk in hand."""
 
     def __init__(self, runner: SessionRunner, bench: Bench) -> None:
         self.runner = runner
@@ -53,110 +50,74 @@ class Progress:
         self._digests: Mapping[int, str] = {}
         self._saved: set[int] = set()
         self._unconfirmed: Segment | None = None
-        self._diverged = False
-        self._playout: Playout | None = None
-        self._failures = 0
-        self._replayed = 0
-        self._retry_at_s = -math.inf
-        self._served_s = -math.inf
-        self._resumed = False
-        self._held_back = False
-        """Nobody wanted the next chunk for a while, so its being late is no stall."""
-
-    # Turns
 
     def turn(self) -> Turn | None:
         """When this session needs the engine thread next; None until something changes."""
-        runner = self.runner
-        if runner.ended is not None or runner.releasing:
+        runner, shape, now = self.runner, self._bench.engine.shape, self.runner.now
+        work = owning.work(now)
+        if work is None or (work is Work.FETCH and self._fetching and not self._fetching.done()):
             return None
-        if runner.release_as is not None:
-            return self._turn(-math.inf, -math.inf)
-        if self._state is None:
-            if self._fetching is not None and not self._fetching.done():
-                return None
-            return self._turn(-math.inf, runner.arrived_s)
-        return self._turn_with_state(self._state)
-
-    def _turn_with_state(self, state: State) -> Turn | None:
-        runner, shape = self.runner, self._bench.engine.shape
-        if runner.refresh or self._unconfirmed is not None:
-            return self._turn(-math.inf, runner.arrived_s)
-        if state.next_index < runner.committed:
-            # A replay counts as a stream that began to play when the session arrived: it uses
-            # what others leave, and does not make them stall for its sake.
-            due_s = runner.arrived_s + self._replayed * shape.chunk_s
-            return self._turn(-math.inf, math.inf if runner.shadow else due_s)
-        if runner.shadow:
-            return self._turn(self._served_s + FOLLOW_EVERY_S, math.inf)
-        demand = Demand(
-            pace=runner.record.pace,
-            index=runner.committed,
-            start_s=shape.start_s(runner.committed),
-            want=runner.wanted(),
-            waiting_since_s=runner.arrived_s,
+        pacing = Pacing(
+            start_s=shape.start_s(now.committed),
+            chunk_s=shape.chunk_s,
+            lead_s=runner.config.lead_chunks * shape.chunk_s,
+            want=runner.wanted() if work is Work.PRODUCE else None,
         )
-        lead_s = runner.config.lead_chunks * shape.chunk_s
-        times = next_chunk(demand, self._playout, lead_s=lead_s)
+        times = owning.times(now, pacing)
         if times is None:
-            self._held_back = True
+            self._apply(owner_events.held_back)
             return None
-        return self._turn(*times)
-
-    def _turn(self, ready_s: float, due_s: float) -> Turn:
-        ready_s = max(ready_s, self._retry_at_s)
-        return Turn(self.runner.session_id, ready_s, due_s, self._served_s)
-
-    # Work
+        return Turn(runner.session_id, *times, now.served_s)
 
     def work(self) -> None:
         """Do the next piece of work; whatever fails ends here."""
-        runner, accounts = self.runner, self._bench.accounts
-        used = runner.lease
-        self._served_s = self._bench.clock.monotonic()
+        runner, clock = self.runner, self._bench.clock
+        used = runner.now.lease
+        self._apply(partial(owner_events.begun, now_s=clock.monotonic()))
         try:
-            self._work()
-        except LeaseOver as error:
-            if used is not None and runner.lost(used.lease, error):
-                accounts.lease_lost(runner.session_id, "expired", error)
-        except Fenced as error:
-            accounts.fenced(runner.session_id, error)
-            if used is not None:
-                runner.lost(used.lease, error)
-        except (NotFoundError, SessionClosed) as error:
-            runner.end(error)
-        except StoreUnavailable as error:
-            accounts.store_failed(runner.session_id, "progress", error)
-            self._retry_at_s = self._served_s + RETRY_AFTER_S
-        except ConflictError as error:
-            log(logging.WARNING, "reconcile", session=runner.session_id, error=error.message)
-            self._retry_at_s = self._served_s + RETRY_AFTER_S
-            runner.refresh = True
+            self._work(used)
         except Exception as error:
-            self._failed(error)
+            self._failed(error, used)
         if runner.ended is not None:
-            self._state = self._unconfirmed = None
+            self._forget()
 
-    def _work(self) -> None:
-        runner = self.runner
-        release_as = runner.begin_release()
-        if release_as is not None:
-            self._bench.writer.release(runner, release_as)
-        elif self._state is None:
+    def _work(self, used: LeaseView | None) -> None:
+        work, state, segment = owning.work(self.runner.now), self._state, self._unconfirmed
+        if work is Work.RELEASE:
+            self._release()
+        elif work is Work.FETCH:
             self._load()
-        elif runner.refresh:
-            self._refresh(self._state)
-        elif self._unconfirmed is not None:
-            self._commit(self._state, self._unconfirmed)
-        elif self._state.next_index < runner.committed:
-            self._replay(self._state)
-        elif runner.shadow:
-            self._refresh(self._state)
-        else:
-            self._produce(self._state)
+        elif state is None:
+            return
+        elif work is Work.REFRESH:
+            self._refresh(state, used)
+        elif work is Work.COMMIT and segment is not None:
+            self._commit(state, segment)
+        elif work is Work.REPLAY:
+            self._replay(state)
+        elif work is Work.PRODUCE:
+            self._produce(state)
 
-    def _drop_state(self) -> None:
+    def _apply(self, event: Event) -> None:
+        self._carry_out(self.runner.apply(event))
+
+    def _carry_out(self, effects: tuple[Effect, ...]) -> None:
+        runner, accounts, clock = self.runner, self._bench.accounts, self._bench.clock
+        if Effect.DROP_STATE in effects:
+            self._forget()
+        if Effect.RESUMED in effects:
+            took_s = clock.monotonic() - runner.now.arrived_s
+            accounts.resumed(runner.session_id, took_s, runner.now.replayed)
+
+    def _forget(self) -> None:
         self._state = self._unconfirmed = self._fetching = None
+
+    def _release(self) -> None:
+        runner = self.runner
+        self._apply(owner_events.releasing)
+        state = runner.now.release_as
+        if runner.now.releasing and state is not None:
+            self._bench.writer.release(runner, state)
 
     # Coming back
 
@@ -182,70 +143,59 @@ class Progress:
         self._take(fetched, state)
 
     def _take(self, fetched: Fetched, state: State) -> None:
-        runner, record = self.runner, fetched.record
+        runner = self.runner
         self._state = state
         self._log = ControlLog(fetched.entries)
         self._digests = fetched.digests
         self._saved = {ref.chunk_index for ref in fetched.refs}
-        self._resumed = record.next_index > 0
-        other = record.fingerprint not in (None, self._bench.engine.fingerprint)
-        self._diverged = other and record.next_index > 0
         runner.newest_snapshot_at = max((r.created_at for r in fetched.refs), default=None)
-        runner.restart(state.next_index, record.next_index)
-        self._look_round(state)
+        fingerprint = self._bench.engine.fingerprint
+        loaded = partial(
+            owner_events.loaded,
+            at=state.next_index,
+            record=fetched.record,
+            fingerprint=fingerprint,
+        )
+        self._carry_out(runner.restart(state.next_index, loaded))
 
-    def _refresh(self, state: State) -> None:
+    def _refresh(self, state: State, used: LeaseView | None) -> None:
         """Learn what was committed since; as a shadow, or after a change of the lease."""
-        runner, directory = self.runner, self._bench.directory
+        runner, directory, now = self.runner, self._bench.directory, self.runner.now
         record = directory.get(runner.session_id)
-        if runner.shadow and not runner.refresh and record.next_index == runner.committed:
+        if now.shadow and not now.refresh and record.next_index == now.committed:
             return
-        if runner.refresh:
-            self._replayed = 0
-        known = min(runner.committed, record.next_index)
-        start = min(state.next_index, known)
+        start = min(state.next_index, now.committed, record.next_index)
         self._log.fix(start, directory.controls(runner.session_id, start))
         found = directory.digests(runner.session_id, start, record.next_index)
         self._digests = {**self._digests, **found}
-        unconfirmed, self._unconfirmed = self._unconfirmed, None
-        if unconfirmed is not None:
-            index = unconfirmed.chunk.index
-            if found.get(index) == unconfirmed.chunk.digest:
-                runner.publish(unconfirmed, index + 1)
-            elif record.next_index == index < record.sealed:
-                self._unconfirmed = unconfirmed
-            else:
-                self._drop_state()
-        elif state.next_index > record.next_index:
-            self._drop_state()
-        runner.refreshed(record.next_index)
-        if self._state is not None:
-            self._look_round(state)
+        pending = found.get(now.pending.index) if now.pending else None
+        event = partial(owner_events.refreshed, record=record, found=pending, used=used)
+        self._publish(event)
+
+    def _publish(self, event: Event) -> None:
+        """Let an event have happened that may confirm the chunk in hand."""
+        segment = self._unconfirmed
+        if segment is None:
+            self._apply(event)
+            return
+        effects = self.runner.publish(segment, event)
+        if self.runner.now.pending is None:
+            self._unconfirmed = None
+        self._carry_out(effects)
 
     def _replay(self, state: State) -> None:
-        runner, index = self.runner, state.next_index
+        runner, accounts, index = self.runner, self._bench.accounts, state.next_index
         segment = self._bench.step(state, self._log)
-        self._replayed += 1
         verdict = compare(self._digests, index, segment.chunk.digest)
-        self._diverged = verdict is Verdict.DIFFERENT
-        if self._diverged:
+        if verdict is Verdict.DIFFERENT:
             segment.discontinuity = True
-            self._bench.accounts.mismatch(
-                runner.session_id, index, self._digests[index], segment.chunk.digest
-            )
-        self._bench.accounts.replayed()
-        runner.publish(segment, index + 1)
+            accounts.mismatch(runner.session_id, index, self._digests[index], segment.chunk.digest)
+        accounts.replayed()
+        effects = runner.publish(
+            segment, partial(owner_events.replayed, index=index, verdict=verdict)
+        )
         self._save(state)
-        self._look_round(state)
-
-    def _look_round(self, state: State) -> None:
-        runner = self.runner
-        if state.next_index >= runner.committed and not runner.caught_up and not runner.refresh:
-            runner.caught_up = True
-            if self._resumed and not runner.shadow:
-                took_s = self._bench.clock.monotonic() - runner.arrived_s
-                self._bench.accounts.resumed(runner.session_id, took_s, self._replayed)
-        runner.tell()
+        self._carry_out(effects)
 
     # Going on
 
@@ -254,29 +204,25 @@ class Progress:
         entries = self._bench.directory.seal(runner.held(), index)
         self._log.fix(index, entries)
         segment = self._bench.step(state, self._log)
-        segment.discontinuity = self._diverged
+        segment.discontinuity = runner.now.diverged
         self._unconfirmed = segment
+        self._apply(partial(owner_events.made, index=index, digest=segment.chunk.digest))
         self._commit(state, segment)
 
     def _commit(self, state: State, segment: Segment) -> None:
         runner, chunk, bench = self.runner, segment.chunk, self._bench
         bench.directory.commit(runner.held(), chunk.index, chunk.digest, bench.engine.fingerprint)
-        self._unconfirmed = None
-        self._diverged = False
-        self._failures = 0
-        runner.publish(segment, chunk.index + 1)
         now_s = bench.clock.monotonic()
-        first = self._playout is None
-        late_s = 0.0
-        if self._playout is None:
-            self._playout = Playout.begins(now_s, segment.start_s)
-        else:
-            late_s = 0.0 if self._held_back else now_s - self._playout.due_s(segment.start_s)
-            self._playout = self._playout.after_publishing(now_s, segment.start_s)
-        self._held_back = False
+        late_s = owner_events.late_s(runner.now, segment.start_s, now_s)
+        self._unconfirmed = None
+        event = partial(
+            owner_events.committed, index=chunk.index, start_s=segment.start_s, now_s=now_s
+        )
+        effects = runner.publish(segment, event)
         bench.accounts.produced(segment, bench.engine.shape, late_s=late_s)
-        if first:
-            bench.accounts.first_chunk(now_s - runner.arrived_s, resumed=self._resumed)
+        if Effect.FIRST_CHUNK in effects:
+            now = runner.now
+            bench.accounts.first_chunk(now_s - now.arrived_s, resumed=now.resumed)
         self._save(state)
 
     def _save(self, state: State) -> None:
@@ -293,20 +239,25 @@ class Progress:
 
     # Failing
 
-    def _failed(self, error: Exception) -> None:
-        """The engine failed, and with it the state is lost: load and replay, or give up."""
-        runner = self.runner
-        self._failures += 1
-        self._bench.accounts.engine_failed(runner.session_id, self._failures, error)
-        self._drop_state()
-        refused = isinstance(error, InvalidRequestError | ClipLost)
-        if not refused and self._failures < FAILURES_IN_A_ROW:
-            self._retry_at_s = self._served_s + RETRY_AFTER_S
-            return
-        told = error if isinstance(error, EchoError) else EngineError(f"engine failed: {error!r}")
-        if runner.shadow:
-            runner.end(told)
-            return
-        # What is refused or lost here is so everywhere; handing it round helps nobody.
-        state = SessionState.PAUSED if refused else SessionState.LIVE
-        runner.retire(state, failure=told)
+    def _failed(self, error: Exception, used: LeaseView | None) -> None:
+        runner, accounts = self.runner, self._bench.accounts
+        event = partial(
+            owner_events.failed, error=error, used=used, now_s=self._bench.clock.monotonic()
+        )
+        effects = runner.apply(event)
+        match error:
+            case LeaseOver() if Effect.LOST in effects:
+                accounts.lease_lost(runner.session_id, "expired", error)
+            case LeaseOver():
+                pass
+            case Fenced():
+                accounts.fenced(runner.session_id, error)
+            case NotFoundError() | SessionClosed():
+                pass
+            case StoreUnavailable():
+                accounts.store_failed(runner.session_id, "progress", error)
+            case ConflictError():
+                log(logging.WARNING, "reconcile", session=runner.session_id, error=error.message)
+            case _:
+                accounts.engine_failed(runner.session_id, runner.now.failures, error)
+        self._carry_out(effects)

@@ -1,7 +1,8 @@
 """One session on this replica, as everybody but the engine thread sees it.
 
-Lease, readers and their wants, published segments, and how it ended. Every method takes the lock
-of the host for a moment and never does any work under it; the work itself is in `progress.py`.
+Where the session stands, which is a value of `session/owning.py`, its readers and their wants, and
+the published segments. Every method takes the lock of the host for a moment and never does any work
+under it; the work itself is in `progress.py`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from echo_ray.clock import Clock
 from echo_ray.config import SessionSection
-from echo_ray.errors import EchoError, Fenced, SegmentBeyondEnd
+from echo_ray.errors import EchoError, SegmentBeyondEnd
 from echo_ray.serve.segments import Segment, SegmentRing
+from echo_ray.session import owner_events, owning
 from echo_ray.session.lease import LeaseView
-from echo_ray.session.pacing import idle_verdict, wanted
-from echo_ray.session.records import Lease, OnIdle, SessionRecord, SessionState
+from echo_ray.session.owner_events import Effect, Step
+from echo_ray.session.owning import Owning
+from echo_ray.session.pacing import wanted
+from echo_ray.session.records import Lease, SessionRecord
 
-
-class LeaseOver(Fenced):
-    """This process itself saw that it may not write; no store was asked."""
+Event = Callable[[Owning], Step]
+"""One of `owner_events`, with all its arguments but the first."""
 
 
 @dataclass(slots=True)
@@ -50,23 +54,10 @@ class SessionRunner:
     ) -> None:
         self.session_id = record.id
         self.record = record
-        self.lease = lease
         self.config = config
         self.ring = SegmentRing(config.retention_chunks)
-        self.committed = record.next_index
-        self.arrived_s = clock.monotonic()
-        self.planned = False
-        """Whether `ring.first` and `committed` hold: the point to load from is known."""
-        self.refresh = False
-        """The engine thread has to read the directory again before anything else."""
-        self.caught_up = False
-        self.release_as: SessionState | None = None
-        self.releasing = False
-        self.going_away = False
-        self.ended: EchoError | None = None
         self.newest_snapshot_at: float | None = None
-        self._failure: EchoError | None = None
-        self._idle_since_s: float | None = self.arrived_s
+        self._now = owning.started(record, lease, clock.monotonic())
         self._readers: list[Reader] = []
         self._past = SegmentRing(config.retention_chunks)
         """Segments before the ring that were made again for readers who lag."""
@@ -75,88 +66,39 @@ class SessionRunner:
         self._clock = clock
         self._changed = changed
 
-    # Ownership
+    @property
+    def now(self) -> Owning:
+        """Where the session stands."""
+        return self._now
 
     @property
     def shadow(self) -> bool:
         """Whether the session only follows another owner's commits here."""
-        return self.lease is None
+        return self._now.shadow
+
+    @property
+    def ended(self) -> EchoError | None:
+        """Why nothing more happens to the session here."""
+        return self._now.ended
+
+    def apply(self, event: Event) -> tuple[Effect, ...]:
+        """Let an event have happened; the effects that are left for the caller to carry out."""
+        with self._changed:
+            self._now, effects = event(self._now)
+            if Effect.TELL in effects:
+                self._tell()
+            return effects
 
     def held(self) -> Lease:
         """The lease to write under. Raises `Fenced` if it ran out, by the own clock, or is none."""
         with self._changed:
-            if self.ended is not None:
-                raise LeaseOver(f"session {self.session_id!r} ended here: {self.ended.message}")
-            if self.lease is None:
-                raise LeaseOver(f"session {self.session_id!r} is followed here, not owned")
-            if not self.lease.valid(self._clock.monotonic()):
-                raise LeaseOver(
-                    f"session {self.session_id!r}: the lease of epoch {self.lease.lease.epoch} "
-                    f"ran out after {self.lease.ttl_s} s without a renewal"
-                )
-            return self.lease.lease
+            return owning.held(self._now, self._clock.monotonic())
 
     def adopt(self, lease: LeaseView, record: SessionRecord) -> None:
         """Own the session under another lease; work goes on from the state that is here."""
         with self._changed:
-            self.lease, self.record = lease, record
-            self.refresh, self.planned, self.caught_up = True, False, False
-            self.release_as = None
-            self.arrived_s = self._clock.monotonic()
-            if self._idle_since_s is not None:
-                self._idle_since_s = self.arrived_s
-            self._tell()
-
-    def renewed(self, lease: Lease, sent_s: float) -> None:
-        """A renewal of `lease` that was sent at `sent_s` has succeeded."""
-        with self._changed:
-            if self.lease is not None and self.lease.lease == lease:
-                self.lease = self.lease.renewed(sent_s)
-
-    def lost(self, lease: Lease, error: EchoError) -> bool:
-        """`lease` is lost: end, unless the session is already held under a newer one."""
-        with self._changed:
-            if self.ended is not None or self.lease is None or self.lease.lease != lease:
-                return False
-            self.end(error)
-            return True
-
-    # Ending
-
-    def retire(
-        self,
-        state: SessionState,
-        *,
-        failure: EchoError | None = None,
-        going_away: bool = False,
-    ) -> None:
-        """Give the session up at the next chunk boundary, leaving it in `state`."""
-        with self._changed:
-            if self.ended is None and not self.releasing:
-                self.release_as, self._failure, self.going_away = state, failure, going_away
-                self._tell()
-
-    def begin_release(self) -> SessionState | None:
-        """The state to leave the session in, if it is to be given up; from here on it is."""
-        with self._changed:
-            self.releasing = self.release_as is not None
-            return self.release_as
-
-    def end(self, error: EchoError) -> None:
-        """Nothing more happens to the session here; its readers hear why. The first end counts."""
-        with self._changed:
-            if self.ended is None:
-                self.ended = self._failure or error
-            self._tell()
-
-    def idle_verdict(self, now_s: float) -> OnIdle | None:
-        """What `on_idle` says now; None while somebody watches or the grace lasts."""
-        with self._changed:
-            if self.shadow or self.releasing or self.release_as is not None:
-                return None
-            return idle_verdict(
-                self.record.on_idle, self._idle_since_s, now_s, self.config.idle_grace_s
-            )
+            self.record = record
+            self.apply(partial(owner_events.adopted, lease=lease, now_s=self._clock.monotonic()))
 
     # Readers
 
@@ -164,11 +106,8 @@ class SessionRunner:
         """Let a reader wait for segments from `start` on."""
         with self._changed:
             self._readers.append(reader)
-            self._idle_since_s = None
-            if self._failure is None and not self.going_away:
-                self.release_as = None
             reader.cursor = start
-            self._tell()
+            self.apply(owner_events.watched)
 
     def detach(self, reader: Reader) -> None:
         """Forget a reader; the last one starts the idle grace."""
@@ -176,7 +115,7 @@ class SessionRunner:
             if reader in self._readers:
                 self._readers.remove(reader)
             if not self._readers:
-                self._idle_since_s = self._clock.monotonic()
+                self.apply(partial(owner_events.unwatched, now_s=self._clock.monotonic()))
             self._tell()
 
     def want(self, reader: Reader, until: int) -> None:
@@ -200,27 +139,20 @@ class SessionRunner:
     def check(self, epoch: int) -> None:
         """Raise what a reader under `epoch` has to hear, if anything."""
         with self._changed:
-            if self.ended is not None:
-                raise self.ended
-            if self.releasing and self._failure is None and not self.going_away:
-                raise Fenced(f"session {self.session_id!r} is being given up here; claim it again")
-            if self.held().epoch != epoch:
-                raise Fenced(
-                    f"session {self.session_id!r} is held here under another epoch than {epoch}"
-                )
+            owning.check_reader(self._now, epoch, self._clock.monotonic())
 
     def plan(self, epoch: int) -> tuple[int, int] | None:
         """(next index, first index) once they are known. Raises as `check`."""
         with self._changed:
             self.check(epoch)
-            return (self.committed, self._oldest()) if self.planned else None
+            return (self._now.committed, self._oldest()) if self._now.planned else None
 
     def segment(self, reader: Reader, index: int) -> Segment | None:
         """Segment `index`, or None if it is not there yet. Raises as `check`, `SegmentExpired`."""
         with self._changed:
             self.check(reader.epoch)
             reader.cursor = index
-            if not self.planned or index >= self.ring.next:
+            if not self._now.planned or index >= self.ring.next:
                 return None
             if index >= self.ring.first:
                 return self.ring.get(index)
@@ -245,40 +177,36 @@ class SessionRunner:
         with self._changed:
             if self.ended is not None:
                 raise self.ended
-            return self.committed if self.caught_up else None
+            return self._now.committed if self._now.caught_up else None
 
     # What the engine thread tells
 
-    def restart(self, index: int, committed: int) -> None:
-        """A point is loaded: segments come from `index` on; `committed` is the next chunk."""
+    def restart(self, index: int, event: Event) -> tuple[Effect, ...]:
+        """A point is loaded: segments come from `index` on."""
         with self._changed:
             self.ring.restart(index)
-            self.committed = committed
-            self.planned = not self.refresh
+            return self.apply(event)
 
-    def refreshed(self, committed: int) -> None:
-        """The directory was read again after a change of the lease."""
+    def publish(self, segment: Segment, event: Event) -> tuple[Effect, ...]:
+        """Let readers have a segment, if that is what follows from the event."""
         with self._changed:
-            self.committed, self.refresh = committed, False
-            self.planned = True
-
-    def publish(self, segment: Segment, committed: int) -> None:
-        """Let readers have a committed segment."""
-        with self._changed:
-            self.ring.put(segment)
-            self.committed = max(self.committed, committed)
-            self._tell()
+            effects = self.apply(event)
+            if Effect.PUBLISH in effects:
+                self.ring.put(segment)
+                self._tell()
+            return effects
 
     # The past
 
     def _oldest(self) -> int:
-        made_again = max(self._past_floor, self.committed - self.config.retention_chunks)
+        made_again = max(self._past_floor, self._now.committed - self.config.retention_chunks)
         return max(0, min(self.ring.first, made_again))
 
     def past_wanted(self) -> int | None:
         """The oldest segment before the ring that a reader waits for; None if nobody does."""
         with self._changed:
-            if self.ended is not None or self.releasing or not self.planned or self.shadow:
+            now = self._now
+            if now.ended is not None or now.releasing or not now.planned or now.shadow:
                 return None
             cursors = [r.cursor for r in self._readers if r.cursor is not None]
             low = [c for c in cursors if self._past_floor <= c < self.ring.first]

@@ -11,13 +11,16 @@ import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from echo_ray.clock import Clock
 from echo_ray.errors import ConflictError, Draining, EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
-from echo_ray.serve.runner import LeaseOver, SessionRunner
+from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.telemetry import log
+from echo_ray.session import owner_events
 from echo_ray.session import snapshot as codec
+from echo_ray.session.owning import LeaseOver
 from echo_ray.session.records import SessionState, SnapshotRef
 from echo_ray.session.replay import to_prune
 from echo_ray.session.snapshot import Snapshot
@@ -163,4 +166,4 @@ class SnapshotWriter:
             # The lease runs out by itself then, and the session is found without an owner.
             self._accounts.store_failed(runner.session_id, "release", error)
         log(logging.INFO, "released", session=runner.session_id, state=job.state.value)
-        runner.end(told)
+        runner.apply(partial(owner_events.ended, error=told))

@@ -1,16 +1,29 @@
 import threading
+from functools import partial
 
 import pytest
 from fakes import FakeClock
 
 from echo_ray.config import SessionSection
 from echo_ray.errors import Fenced, SegmentBeyondEnd, SegmentExpired
-from echo_ray.serve.runner import LeaseOver, Reader, SessionRunner
+from echo_ray.serve.runner import Reader, SessionRunner
 from echo_ray.serve.segments import Segment, SegmentRing
 from echo_ray.session.chunk import Chunk, DriftReading
 from echo_ray.session.lease import LeaseView
+from echo_ray.session.owner_events import (
+    Effect,
+    ended,
+    idled,
+    loaded,
+    lost,
+    releasing,
+    renewed,
+    replayed,
+    retired,
+)
+from echo_ray.session.owning import LeaseOver
 from echo_ray.session.records import Lease, OnIdle, Pace, SessionRecord, SessionState
-from echo_ray.session.replay import EventMarks
+from echo_ray.session.replay import EventMarks, Verdict
 
 LEASE = Lease("s1", "r1", 1)
 
@@ -50,6 +63,11 @@ def make(clock):
     return made
 
 
+def load(runner, at):
+    event = partial(loaded, at=at, record=runner.record, fingerprint="f")
+    runner.restart(at, event)
+
+
 def reader(epoch=1):
     return Reader(epoch, lambda: None)
 
@@ -68,10 +86,10 @@ def test_renewals_count_from_their_sending_and_only_for_the_lease_that_is_held(m
     runner = make()
     sent_s = clock.monotonic()
     clock.advance(1.0)
-    runner.renewed(Lease("s1", "r1", 7), clock.monotonic())
+    runner.apply(partial(renewed, lease=Lease("s1", "r1", 7), sent_s=clock.monotonic()))
     clock.advance(0.34)
     assert runner.held() == LEASE
-    runner.renewed(LEASE, sent_s + 1.0)
+    runner.apply(partial(renewed, lease=LEASE, sent_s=sent_s + 1.0))
     clock.advance(1.0)
     assert runner.held() == LEASE
 
@@ -80,8 +98,8 @@ def test_shadows_and_ended_sessions_write_nothing(make):
     with pytest.raises(LeaseOver, match="followed"):
         make(lease=False).held()
     runner = make()
-    assert runner.lost(LEASE, Fenced("taken"))
-    assert not runner.lost(LEASE, Fenced("again"))
+    assert Effect.LOST in runner.apply(partial(lost, lease=LEASE, error=Fenced("taken")))
+    assert not runner.apply(partial(lost, lease=LEASE, error=Fenced("again")))
     with pytest.raises(LeaseOver, match="taken"):
         runner.held()
 
@@ -90,7 +108,7 @@ def test_a_lost_lease_is_nothing_to_a_session_that_holds_a_newer_one(make, clock
     runner = make()
     newer = Lease("s1", "r1", 3)
     runner.adopt(LeaseView(newer, 1.5, clock.monotonic()), runner.record)
-    assert not runner.lost(LEASE, Fenced("taken"))
+    assert not runner.apply(partial(lost, lease=LEASE, error=Fenced("taken")))
     assert runner.held() == newer
     with pytest.raises(Fenced, match="another epoch than 1"):
         runner.check(1)
@@ -102,18 +120,20 @@ def test_the_last_reader_starts_the_grace_and_a_new_one_ends_it(make, clock):
     runner.attach(two, 0)
     clock.advance(60)
     runner.detach(one)
-    assert runner.idle_verdict(clock.monotonic()) is None
+    assert not runner.apply(partial(idled, now_s=clock.monotonic(), grace_s=5.0))
     runner.detach(two)
     clock.advance(4.9)
-    assert runner.idle_verdict(clock.monotonic()) is None
+    assert not runner.apply(partial(idled, now_s=clock.monotonic(), grace_s=5.0))
     clock.advance(0.1)
-    assert runner.idle_verdict(clock.monotonic()) is OnIdle.PAUSE
-    runner.retire(SessionState.PAUSED)
+    runner.apply(partial(idled, now_s=clock.monotonic(), grace_s=5.0))
+    assert runner.now.release_as is SessionState.PAUSED
     runner.attach(one, 0)
-    assert runner.begin_release() is None
+    runner.apply(releasing)
+    assert not runner.now.releasing
     runner.detach(one)
-    runner.retire(SessionState.PAUSED)
-    assert runner.begin_release() is SessionState.PAUSED
+    runner.apply(partial(retired, state=SessionState.PAUSED))
+    runner.apply(releasing)
+    assert runner.now.releasing
     with pytest.raises(Fenced, match="claim it again"):
         runner.check(1)
 
@@ -145,17 +165,19 @@ def test_at_pace_max_the_slowest_reader_counts(make):
 
 def test_a_retirement_tells_its_failure_and_the_first_end_counts(make):
     runner = make()
-    runner.retire(SessionState.LIVE, failure=SegmentExpired("the reason"))
-    runner.end(Fenced("later"))
-    runner.end(Fenced("last"))
+    failure = SegmentExpired("the reason")
+    runner.apply(partial(retired, state=SessionState.LIVE, failure=failure))
+    runner.apply(partial(ended, error=Fenced("later")))
+    runner.apply(partial(ended, error=Fenced("last")))
     with pytest.raises(SegmentExpired, match="the reason"):
         runner.check(1)
 
 
 def test_single_segments_before_and_beyond_what_there_is(make):
     runner, one = make(next_index=40, retention_chunks=8), reader()
-    runner.restart(38, 40)
-    runner.publish(segment(38), 39)
+    load(runner, 38)
+    again = partial(replayed, index=38, verdict=Verdict.SAME)
+    runner.publish(segment(38), again)
     assert runner.plan(1) == (40, 32)
     assert runner.committed_segment(one, 38).chunk.index == 38
     assert runner.committed_segment(one, 39) is None
@@ -167,7 +189,7 @@ def test_single_segments_before_and_beyond_what_there_is(make):
 
 def test_the_past_is_wanted_by_the_reader_that_lags_most(make):
     runner, one, two = make(next_index=40, retention_chunks=16), reader(), reader()
-    runner.restart(38, 40)
+    load(runner, 38)
     assert runner.past_wanted() is None
     runner.attach(one, 36)
     assert (runner.past_wanted(), runner.past_next()) == (36, 36)
