@@ -5,7 +5,7 @@
 Replicas execute the effects on threads and sockets, the simulation on a virtual clock. The order
 that must hold: a chunk is sealed before it is made and committed before it is published; nothing is
 written without a lease that is valid by the own clock; a state that is further than what was
-committed is thrown away.
+committed is thrown away. After its end nothing happens to a session here any more.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def ended(o: Owning, error: EchoError) -> Step:
 
 def loaded(o: Owning, at: int, record: SessionRecord, fingerprint: str) -> Step:
     """The state at point `at` is here; `record` is the session as it stood when it was read."""
+    if o.ended is not None:
+        return o, NOTHING
     resumed = record.next_index > 0
     other = record.fingerprint not in (None, fingerprint)
     o = replace(
@@ -230,6 +232,8 @@ def refreshed(o: Owning, record: SessionRecord, found: str | None, used: LeaseVi
 
 def replayed(o: Owning, index: int, verdict: Verdict) -> Step:
     """Committed chunk `index` was made again."""
+    if o.ended is not None:
+        return o, NOTHING
     o = replace(o, at=index + 1, replayed=o.replayed + 1, diverged=verdict is Verdict.DIFFERENT)
     o, effects = _looked_round(o)
     return o, (Effect.PUBLISH, *effects)
@@ -240,11 +244,15 @@ def replayed(o: Owning, index: int, verdict: Verdict) -> Step:
 
 def made(o: Owning, index: int, digest: str) -> Step:
     """Chunk `index`, sealed before, is made; nobody may see it yet."""
+    if o.ended is not None:
+        return o, NOTHING
     return replace(o, at=index + 1, pending=Pending(index, digest)), NOTHING
 
 
 def committed(o: Owning, index: int, start_s: float, now_s: float) -> Step:
     """Chunk `index`, which begins at media time `start_s`, is committed: readers may have it."""
+    if o.ended is not None:
+        return o, NOTHING
     first = o.playout is None
     playout = (
         Playout.begins(now_s, start_s)
