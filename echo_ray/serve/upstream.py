@@ -33,8 +33,9 @@ from echo_ray.errors import (
     SessionClosed,
     UnavailableError,
 )
-from echo_ray.serve.ownership import AVOID_S, Owner, Owners, SessionPaused
+from echo_ray.serve.ownership import Owners
 from echo_ray.serve.telemetry import Telemetry, log
+from echo_ray.session.locating import AVOID_S, Ask, Owner, SessionPaused
 from echo_ray.wire import error_from, parse_object
 
 TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, ClipLost, InvalidRequestError)
@@ -155,13 +156,13 @@ class Upstream:
         while True:
             self._poked.clear()
             try:
-                owner = await self._owners.locate(
-                    self.session_id,
+                ask = Ask(
                     failed=failed,
                     last_epoch=last_epoch,
                     wake=self._sink.waking(),
                     avoid=self._shunned_now(),
                 )
+                owner = await self._owners.find(self.session_id, ask)
                 failed, last_epoch, paused = owner, owner.epoch, False
                 await self._pull(owner)
                 failed = None
