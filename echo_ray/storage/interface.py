@@ -13,7 +13,7 @@ at epoch 0 and could not tell an old owner from its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
@@ -169,6 +169,42 @@ class SnapshotStore(Protocol):
 
     def delete_session(self, session_id: str) -> None:
         """Delete all blobs of a session. An unknown one is ignored."""
+        ...
+
+    @property
+    def tiers(self) -> Mapping[str, SweptStore]:
+        """The stores that it is made of, by name; itself if it is made of none."""
+        ...
+
+    def make_durable(self, session_id: str, snapshot_id: str) -> None:
+        """Return when the blob is in the most durable tier. Raises `SnapshotNotFound`.
+
+        If it raises `StoreUnavailable`, the copy is still made as soon as it can be.
+        """
+        ...
+
+    def make_durable_soon(self, session_id: str, snapshot_id: str) -> None:
+        """The same without waiting for it; asks no server and raises nothing."""
+        ...
+
+    def newest_durable(self, session_id: str, newest_first: Sequence[str]) -> str | None:
+        """The first of these ids in the most durable tier, for it outlives those that are not.
+
+        None if there is none, and from a store of one tier. Raises `StoreUnavailable` if it cannot
+        be known.
+        """
+        ...
+
+    def debt(self) -> int:
+        """How many durable copies this process still has to make."""
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """How often each of a few named things happened between the tiers since the start."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections. Closing twice is allowed."""
         ...
 
 

@@ -14,13 +14,14 @@ from echo_ray.errors import InvalidRequestError
 from echo_ray.session import control_log
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
+from echo_ray.storage.one_tier import OneTier
 from echo_ray.storage.sqlite_file import os_meaning
 
 _HALF = ".half"
 _WHOLE = ".snap"
 
 
-class LocalSnapshots:
+class LocalSnapshots(OneTier):
     """A `SnapshotStore` in a folder, safe for any number of threads and processes.
 
     A blob is written under a temporary name, forced to disk and renamed. Whoever opens the folder

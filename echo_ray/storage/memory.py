@@ -15,6 +15,7 @@ from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
+from echo_ray.storage.one_tier import OneTier
 
 
 @dataclass(slots=True)
@@ -186,7 +187,7 @@ class _Blob:
     stored_at: float
 
 
-class MemorySnapshots:
+class MemorySnapshots(OneTier):
     """A `SnapshotStore` in this process; `clock` stamps the blobs."""
 
     name = "memory"

@@ -17,6 +17,7 @@ from echo_ray.errors import StoreUnavailable
 from echo_ray.session import control_log
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
+from echo_ray.storage.one_tier import OneTier
 from echo_ray.storage.redis_link import RedisLink, RedisServer, Script
 from echo_ray.storage.redis_rows import Keys
 
@@ -55,7 +56,7 @@ class _Blob:
     """Server's wall time when writing began."""
 
 
-class RedisSnapshots:
+class RedisSnapshots(OneTier):
     """A `SweptStore` on `server`, under keys that begin with `prefix`."""
 
     name = "redis"

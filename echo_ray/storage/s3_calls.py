@@ -59,8 +59,11 @@ class S3Calls:
         return self.wait(self.start(request, deadline), deadline)
 
     def start(self, request: Callable[[], _T], deadline: Deadline) -> Future[_T]:
-        """Send it as soon as a thread is free."""
-        return self._pool.submit(_attempts, request, deadline)
+        """Send it as soon as a thread is free. Raises `StoreUnavailable` after `close`."""
+        try:
+            return self._pool.submit(_attempts, request, deadline)
+        except RuntimeError as error:
+            raise StoreUnavailable(f"{self._place}: the store is closed; open it again") from error
 
     def wait(self, future: Future[_T], deadline: Deadline) -> _T:
         """Its result. Raises what it raised last, or `StoreUnavailable` when time is up."""

@@ -24,6 +24,7 @@ from echo_ray.session import control_log
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage import s3_client
 from echo_ray.storage.blob_names import check_ids, check_size
+from echo_ray.storage.one_tier import OneTier
 from echo_ray.storage.s3_calls import Deadline, S3Calls
 from echo_ray.storage.s3_errors import (
     FAILURES,
@@ -40,7 +41,7 @@ _BATCH = 1000
 _PIECE_BYTES = 2**20
 
 
-class S3Snapshots:
+class S3Snapshots(OneTier):
     """A `SweptStore` in the bucket `bucket`, safe for any number of threads and processes.
 
     `endpoint` names a server other than AWS, `path_style` puts the bucket into the path instead of

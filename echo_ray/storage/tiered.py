@@ -87,13 +87,15 @@ class TieredSnapshots:
         self._thread = threading.Thread(target=self._run, name="durable-copies", daemon=True)
         self._thread.start()
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Let the thread pay once more and end, waiting no longer than `timeout_s` for it."""
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Let the thread pay once more, for no longer than `timeout_s`, then close both stores."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        for store in self.tiers.values():
+            store.close()
 
     def put(self, session_id: str, snapshot_id: str, blob: bytes) -> None:
         """Raises what the durable store raises if neither takes it."""
@@ -175,13 +177,18 @@ class TieredSnapshots:
         )
 
     def newest_durable(self, session_id: str, newest_first: Sequence[str]) -> str | None:
-        """The first of these ids that the durable store holds; it should outlive the others."""
-        with self._wake:
-            known = self._remembered(session_id).durable
-            found = next((id_ for id_ in newest_first if id_ in known), None)
-        if found is not None:
-            return found
-        held = self._list_durable(session_id)
+        """The first of these ids that the durable store holds; it should outlive the others.
+
+        If that store cannot be asked, the first that it was seen to hold.
+        """
+        try:
+            held = self._list_durable(session_id)
+        except StoreUnavailable:
+            self._count("durable_failures")
+            with self._wake:
+                held = set(self._remembered(session_id).durable)
+            if held.isdisjoint(newest_first):
+                raise
         return next((id_ for id_ in newest_first if id_ in held), None)
 
     def make_durable(self, session_id: str, snapshot_id: str) -> None:
@@ -191,13 +198,20 @@ class TieredSnapshots:
         stays owed and is made as soon as it can be.
         """
         try:
-            if self.newest_durable(session_id, [snapshot_id]) is None:
+            if not self._is_durable(session_id, snapshot_id):
                 blob = self._hot.get(session_id, snapshot_id)
                 self._durable.put(session_id, snapshot_id, blob)
         except StoreUnavailable:
             self._owe(session_id, snapshot_id)
             raise
         self._made(session_id, snapshot_id)
+
+    def make_durable_soon(self, session_id: str, snapshot_id: str) -> None:
+        """Owe the copy, unless it is known to be there."""
+        with self._wake:
+            known = snapshot_id in self._remembered(session_id).durable
+        if not known:
+            self._owe(session_id, snapshot_id)
 
     def pay(self) -> int:
         """Make the copies that are owed, oldest first, until a store fails; how many are left."""
@@ -304,6 +318,12 @@ class TieredSnapshots:
         self._owed.pop(key, None)
         if key == self._in_hand:
             self._withdrawn = True
+
+    def _is_durable(self, session_id: str, snapshot_id: str) -> bool:
+        with self._wake:
+            if snapshot_id in self._remembered(session_id).durable:
+                return True
+        return snapshot_id in self._list_durable(session_id)
 
     def _list_durable(self, session_id: str) -> set[str]:
         held = {blob.snapshot_id for blob in self._durable.list_blobs(session_id)}

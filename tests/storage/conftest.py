@@ -51,5 +51,7 @@ def directory(section: StorageSection, clock: FakeClock) -> Iterator[Directory]:
 
 
 @pytest.fixture
-def blobs(section: StorageSection) -> SnapshotStore:
-    return open_snapshots(section)
+def blobs(section: StorageSection) -> Iterator[SnapshotStore]:
+    store = open_snapshots(section)
+    yield store
+    store.close()

@@ -82,6 +82,37 @@ def test_ids_cannot_leave_the_folder(blobs: SnapshotStore, bad: str) -> None:
     assert blobs.get("s2", "p8") == b"kept"
 
 
+def test_what_is_made_durable_is_there(blobs: SnapshotStore) -> None:
+    blobs.put("s1", "p8", b"1")
+    blobs.put("s1", "p16", b"2")
+    blobs.make_durable("s1", "p8")
+    blobs.make_durable_soon("s1", "p16")
+    *_, durable = blobs.tiers.values()
+    assert durable.get("s1", "p8") == b"1"
+    assert blobs.newest_durable("s2", ["p8"]) is None
+    if len(blobs.tiers) == 1:
+        assert durable is blobs
+        assert blobs.newest_durable("s1", ["p16", "p8"]) is None
+        assert (blobs.debt(), dict(blobs.counts())) == (0, {})
+        blobs.make_durable("s1", "ghost")
+    else:
+        assert blobs.newest_durable("s1", ["ghost", "p8"]) == "p8"
+        with pytest.raises(SnapshotNotFound, match="ghost"):
+            blobs.make_durable("s1", "ghost")
+
+
+def test_the_tiers_hold_all_that_the_store_holds(blobs: SnapshotStore) -> None:
+    blobs.put("s1", "p8", b"1")
+    listed = {b.snapshot_id for tier in blobs.tiers.values() for b in tier.list_blobs()}
+    assert listed == {"p8"}
+
+
+def test_a_store_may_be_closed_twice(blobs: SnapshotStore) -> None:
+    blobs.put("s1", "p8", b"1")
+    blobs.close()
+    blobs.close()
+
+
 def test_files_survive_reopening_and_leave_nothing_half_done(tmp_path: Path) -> None:
     section = StorageSection(path=str(tmp_path))
     open_snapshots(section).put("s1", "p8", b"kept")

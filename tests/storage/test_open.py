@@ -43,10 +43,13 @@ def test_tiered_keeps_the_first_snapshot_in_both(section: StorageSection) -> Non
     store.put("s1", "p8", b"first")
     store.put("s1", "p16", b"second")
     store.make_durable("s1", "p8")
-    store.close()
-    directory.close()
     assert list(store.where("s1", "p8")) == ["hot", "durable"]
     assert list(store.where("s1", "p16")) == ["hot"]
+    store.close()
+    directory.close()
+    for tier in store.tiers.values():
+        with pytest.raises(StoreUnavailable, match="is closed"):
+            tier.get("s1", "p8")
 
 
 def test_s3_keeps_snapshots_there_only(section: StorageSection) -> None:

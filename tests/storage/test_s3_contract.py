@@ -49,10 +49,12 @@ def blobs(
         conditional_writes=request.param != "s3-unconditional",
     )
     if request.param == "tiered":
-        yield TieredSnapshots(MemorySnapshots(LIMIT), durable, durable_every=1)
+        store = TieredSnapshots(MemorySnapshots(LIMIT), durable, durable_every=1)
+        yield store
+        store.close()
     else:
         yield durable
-    durable.close()
+        durable.close()
 
 
 @pytest.fixture

@@ -281,17 +281,48 @@ def test_a_blob_over_the_limit_goes_nowhere(tiers: Tiers) -> None:
     assert tiers.hot.held | tiers.durable.held == set()
 
 
-def test_the_newest_durable_one_is_known_without_asking_twice(tiers: Tiers) -> None:
+def test_the_newest_durable_one_is_so_whoever_made_it(tiers: Tiers) -> None:
     tiers.durable.put("s1", "p3", b"by another process")
     assert tiers.store.newest_durable("s1", ["p5", "p4", "p3"]) == "p3"
-    tiers.durable.calls.clear()
-    assert tiers.store.newest_durable("s1", ["p5", "p4", "p3"]) == "p3"
-    assert tiers.durable.calls == []
     assert tiers.store.newest_durable("s1", ["p9"]) is None
     tiers.durable.put("s1", "p9", b"by another process")
-    assert tiers.store.newest_durable("s1", ["p9", "p3"]) == "p3"
-    tiers.store.delete("s1", "p3")
     assert tiers.store.newest_durable("s1", ["p9", "p3"]) == "p9"
+    tiers.store.delete("s1", "p9")
+    assert tiers.store.newest_durable("s1", ["p9", "p3"]) == "p3"
+
+
+def test_while_the_durable_store_is_down_what_was_seen_in_it_counts(tiers: Tiers) -> None:
+    tiers.put("p0")
+    tiers.store.pay()
+    tiers.durable.down = DOWN
+    assert tiers.store.newest_durable("s1", ["p1", "p0"]) == "p0"
+    for session, ids in (("s1", ["p2", "p1"]), ("s2", ["p0"])):
+        with pytest.raises(StoreUnavailable, match="as told by a test"):
+            tiers.store.newest_durable(session, ids)
+
+
+def test_durable_soon_is_a_debt_and_asks_nobody(tiers: Tiers) -> None:
+    tiers.put("p0", "p1")
+    tiers.store.pay()
+    tiers.hot.down = tiers.durable.down = DOWN
+    tiers.store.make_durable_soon("s1", "p0")
+    assert tiers.store.debt() == 0
+    tiers.store.make_durable_soon("s1", "p1")
+    assert tiers.store.debt() == 1
+    tiers.hot.down = tiers.durable.down = None
+    assert tiers.store.pay() == 0
+    assert tiers.durable.held == {"p0", "p1"}
+
+
+def test_closing_closes_both(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    for tier in (tiers.hot, tiers.durable):
+        monkeypatch.setattr(tier, "close", lambda tier=tier: closed.append(tier.name))
+    tiers.store.start()
+    tiers.put("p0")
+    tiers.store.close()
+    assert closed == ["hot", "durable"]
+    assert tiers.durable.held == {"p0"}
 
 
 def test_what_is_remembered_of_sessions_is_bounded(
