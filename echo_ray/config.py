@@ -208,6 +208,8 @@ class StorageSection:
     path: str = ".echo-ray"
     """Folder of the `local` backend: one SQLite database and the snapshot files."""
     snapshot_limit_bytes: int = 256 * 2**20
+    sweep_s: float = 3600.0
+    """Routers look for blobs that nobody needs this often; 0: never."""
     redis: RedisSection = field(default_factory=RedisSection)
     s3: S3Section = field(default_factory=S3Section)
 
@@ -223,6 +225,9 @@ class StorageSection:
             self.snapshot_limit_bytes,
             "1 KiB to 1 TiB",
         )
+        week_s = 7 * 86400
+        fits = 0 <= self.sweep_s <= week_s
+        require(fits, "storage.sweep_s", self.sweep_s, f"0 (never) to {week_s} seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,9 +355,7 @@ def _member(members: Sequence[Any], value: object, at: str) -> Any:
 
 def with_overrides(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Apply `a.b=c` assignments (values read as YAML scalars) to plain configuration data."""
-    result: dict[str, Any] = {
-        k: (dict(v) if isinstance(v, Mapping) else v) for k, v in data.items()
-    }
+    result = _copied(data)
     for assignment in assignments:
         key, sep, text = assignment.partition("=")
         if not sep or not key:
@@ -369,6 +372,11 @@ def with_overrides(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[
         except yaml.YAMLError as e:
             raise ConfigError(f"{key}: {text!r} is not a value: {e}", param=key) from e
     return result
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with all that are in it, so that no change reaches the one given."""
+    return {k: _copied(v) if isinstance(v, Mapping) else v for k, v in data.items()}
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, then give every session up and leave."""
     plan = read_plan(args.config or default_config(), args.assignments)
-    check_store(plan)
+    check_storage(plan)
     print("starting ...", flush=True)
     try:
         with _ray(plan) as logs:
@@ -88,13 +88,13 @@ def read_plan(file: Path, assignments: Sequence[str] = ()) -> ServePlan:
     return ServePlan(args, options)
 
 
-def check_store(plan: ServePlan) -> None:
-    """Open the session directory once, so that a damaged one is told of before Ray starts."""
+def check_storage(plan: ServePlan) -> None:
+    """Try the stores once, so that what is wrong with them is told of before Ray starts."""
     from echo_ray.clock import SystemClock
     from echo_ray.config import EchoConfig, from_mapping
-    from echo_ray.storage.open import open_directory
+    from echo_ray.storage.open import check_stores
 
-    open_directory(from_mapping(EchoConfig, plan.args).storage, SystemClock()).close()
+    check_stores(from_mapping(EchoConfig, plan.args).storage, SystemClock())
 
 
 def check_port(host: str, port: int) -> None:

@@ -7,13 +7,21 @@ read again into frames wherever the session begins. Whatever is slow happens on 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 from echo_ray.config import LimitsSection
 from echo_ray.engine.clip_check import ClipChecker
 from echo_ray.engine.upload import read_taken_clip
-from echo_ray.errors import ClipInvalid, ClipLost, ClipTooLarge, SnapshotNotFound, StoreCorrupt
+from echo_ray.errors import (
+    ClipInvalid,
+    ClipLost,
+    ClipTooLarge,
+    EchoError,
+    SnapshotNotFound,
+    StoreCorrupt,
+)
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.records import ClipRef, SessionRecord
 from echo_ray.storage.interface import SnapshotStore
@@ -46,6 +54,13 @@ class ClipDesk:
         digest = hashlib.sha256(data).hexdigest()
         clip = ClipRef(id=f"clip-{digest[:16]}", sha256=digest, frames=frames)
         self._store.put(session_id, clip.id, data)
+        try:
+            # Until the first snapshot, everything that the session is follows from these bytes.
+            self._store.make_durable(session_id, clip.id)
+        except EchoError:
+            with contextlib.suppress(EchoError):
+                self._store.delete(session_id, clip.id)
+            raise
         return clip
 
 

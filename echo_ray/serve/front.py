@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import secrets
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ from echo_ray.errors import (
 from echo_ray.serve.clips import ClipDesk
 from echo_ray.serve.ownership import Owner, Owners
 from echo_ray.serve.relay import Relays
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.retention import make_newest_durable_soon
+from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.session import rules
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.records import (
@@ -80,7 +82,7 @@ class Front:
         self.telemetry = telemetry
         self.owners = Owners(directory, config, clock, rng)
         self.relays = Relays(self.owners, config, clock, telemetry, rng)
-        self._snapshots = snapshots
+        self.snapshots = snapshots
         self._clips = ClipDesk(snapshots, shape, config.limits)
         self.http = httpx.AsyncClient(timeout=config.session.silence_s * 4, trust_env=False)
 
@@ -89,6 +91,7 @@ class Front:
         await self.relays.close()
         self._clips.close()
         await self.http.aclose()
+        await asyncio.to_thread(self.snapshots.close)
 
     async def create(self, fields: dict[str, Any], clip: bytes | None = None) -> SessionRecord:
         """Create a session from a request's fields (a missing seed is drawn).
@@ -132,7 +135,7 @@ class Front:
         """Forget the session: its owner is fenced, its viewers are told, its snapshots go."""
         await asyncio.to_thread(self.directory.delete, session_id)
         self.relays.finish(session_id, wire.Done(reason="deleted"))
-        await asyncio.to_thread(self._snapshots.delete_session, session_id)
+        await asyncio.to_thread(self.snapshots.delete_session, session_id)
 
     async def add_event(
         self, session_id: str, event_id: str, prompt: str, at_chunk: int | None = None
@@ -155,7 +158,10 @@ class Front:
         return list(await asyncio.to_thread(self.directory.snapshots, session_id))
 
     async def pin_latest(self, session_id: str) -> SnapshotRef:
-        """Keep the latest snapshot for ever. Raises `ConflictError` while there is none."""
+        """Keep the latest snapshot for ever, durably. Raises `ConflictError` while there is none.
+
+        Raises `StoreUnavailable` if it is pinned, but durable only later.
+        """
         refs = await self.list_snapshots(session_id)
         if not refs:
             first = self.shape.point_every
@@ -166,12 +172,21 @@ class Front:
                 else f"model {self.shape.model} has no points, so no snapshots"
             )
         newest = max(refs, key=lambda ref: ref.chunk_index)
-        return await asyncio.to_thread(self.directory.pin_snapshot, session_id, newest.id)
+        pinned = await asyncio.to_thread(self.directory.pin_snapshot, session_id, newest.id)
+        await asyncio.to_thread(self.snapshots.make_durable, session_id, pinned.id)
+        return pinned
 
     async def pause(self, session_id: str) -> SessionRecord:
         """Release the device; viewers stay and wait."""
         record = await self._set_state(session_id, SessionState.PAUSED)
         self.relays.poke(session_id)
+        try:
+            await asyncio.to_thread(
+                make_newest_durable_soon, self.directory, self.snapshots, session_id
+            )
+        except EchoError as e:
+            self.telemetry.count("store_errors", op="durable")
+            log(logging.WARNING, "store_failed", session=session_id, op="durable", error=e.message)
         return record
 
     async def resume(self, session_id: str) -> SessionRecord:

@@ -31,6 +31,7 @@ from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.serve.stepper import Stepper, Work
 from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.tier_accounts import TierAccounts
 from echo_ray.session import owner_events
 from echo_ray.session.capacity import free_slots
 from echo_ray.session.engine_port import Engine
@@ -122,6 +123,7 @@ class SessionHost:
             may_renew=self.healthy,
             accounts=self._accounts,
             telemetry=self.telemetry,
+            tiers=TierAccounts(self._store, self.telemetry),
             clock=self.clock,
             ttl_s=self.config.session.lease_ttl_s,
             renew_s=self.config.session.lease_renew_s,
@@ -274,7 +276,7 @@ class SessionHost:
             runner.apply(partial(owner_events.drained, replica_id=self.replica_id))
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Give up every session, say goodbye, stop all threads."""
+        """Give up every session, say goodbye, stop all threads, close the stores."""
         self.drain()
         deadline_s = self.clock.monotonic() + timeout_s
         with self._changed:
@@ -288,6 +290,7 @@ class SessionHost:
         except EchoError as error:
             # Its heartbeat runs out by itself.
             self._accounts.store_failed("", "goodbye", error)
+        self._store.close()
         for directory in self._directories:
             directory.close()
 

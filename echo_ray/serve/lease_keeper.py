@@ -16,6 +16,7 @@ from echo_ray.errors import EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
 from echo_ray.serve.runner import Event, SessionRunner
 from echo_ray.serve.telemetry import Telemetry, log
+from echo_ray.serve.tier_accounts import TierAccounts
 from echo_ray.session import owner_events
 from echo_ray.session.owner_events import Effect
 from echo_ray.session.records import Lease, ReplicaRecord
@@ -35,6 +36,7 @@ class LeaseKeeper:
         may_renew: Callable[[], bool],
         accounts: ProgressAccounts,
         telemetry: Telemetry,
+        tiers: TierAccounts,
         clock: Clock,
         ttl_s: float,
         renew_s: float,
@@ -47,6 +49,7 @@ class LeaseKeeper:
         self._may_renew = may_renew
         self._accounts = accounts
         self._telemetry = telemetry
+        self._tiers = tiers
         self._clock = clock
         self._ttl_s = ttl_s
         self._renew_s = renew_s
@@ -144,3 +147,4 @@ class LeaseKeeper:
         self._telemetry.set("session_slots", self._record().free_slots)
         if oldest:
             self._telemetry.set("oldest_snapshot_timestamp_seconds", min(oldest))
+        self._tiers.tell()

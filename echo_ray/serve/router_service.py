@@ -1,4 +1,4 @@
-"""One router without Ray: its socket, its server, its front and its sweep."""
+"""One router without Ray: its socket, its server, its front and its sweeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from echo_ray.errors import ConfigError, UnavailableError
 from echo_ray.preset import load_preset
 from echo_ray.serve.api import build_api
 from echo_ray.serve.front import Front
-from echo_ray.serve.sweep import sweep_forever
+from echo_ray.serve.sweep import sweep_blobs_forever, sweep_forever
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.session.engine_port import stream_shape
 from echo_ray.storage.open import open_directory, open_snapshots
@@ -73,6 +73,7 @@ class RouterService:
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._door]))
         self._sweeping = asyncio.create_task(sweep_forever(front, rng))
+        self._sweeping_blobs = asyncio.create_task(sweep_blobs_forever(front, rng))
 
     @property
     def address(self) -> str:
@@ -82,16 +83,23 @@ class RouterService:
 
     def check(self) -> None:
         """Raise `UnavailableError` if a part of it has stopped."""
-        for name, task in (("server", self._serving), ("sweep", self._sweeping)):
+        parts = {
+            "server": self._serving,
+            "sweep": self._sweeping,
+            "sweep of blobs": self._sweeping_blobs,
+        }
+        for name, task in parts.items():
             if task.done():
                 raise UnavailableError(f"the router's {name} has stopped; replace this router")
 
     async def stop(self) -> None:
         """Send viewers elsewhere and close."""
-        self._sweeping.cancel()
+        sweeping = (self._sweeping, self._sweeping_blobs)
+        for task in sweeping:
+            task.cancel()
         await self.front.close()
         self._server.should_exit = True
-        await asyncio.gather(self._serving, self._sweeping, return_exceptions=True)
+        await asyncio.gather(self._serving, *sweeping, return_exceptions=True)
         self._door.close()
 
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from echo_ray.clock import Clock
-from echo_ray.errors import ConflictError, Draining, EchoError, Fenced
+from echo_ray.errors import Draining, EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
+from echo_ray.serve.retention import Pruner, make_newest_durable_soon
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.telemetry import log
 from echo_ray.session import owner_events
 from echo_ray.session import snapshot as codec
 from echo_ray.session.owning import LeaseOver
 from echo_ray.session.records import SessionState, SnapshotRef
-from echo_ray.session.replay import to_prune
 from echo_ray.session.snapshot import Snapshot
 from echo_ray.storage.interface import Directory, SnapshotStore
 
@@ -56,7 +56,7 @@ class SnapshotWriter:
         self._store = store
         self._accounts = accounts
         self._clock = clock
-        self._kept = kept
+        self._pruner = Pruner(directory, store, accounts, kept=kept)
         self._jobs: deque[_Write | _Release] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -64,6 +64,7 @@ class SnapshotWriter:
 
     def start(self) -> None:
         self._thread.start()
+        self._pruner.start()
 
     def submit(self, runner: SessionRunner, snapshot: Snapshot, index: int) -> None:
         """Write `snapshot`, the state at point `index`, some time soon."""
@@ -82,12 +83,13 @@ class SnapshotWriter:
             self._wake.notify()
 
     def stop(self, timeout_s: float) -> None:
-        """Finish what is queued, then end the thread."""
+        """Finish what is queued, then end the threads."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._pruner.stop(timeout_s)
 
     def _run(self) -> None:
         while True:
@@ -131,7 +133,7 @@ class SnapshotWriter:
         job.runner.newest_snapshot_at = ref.created_at
         took_s = self._clock.monotonic() - began_s
         self._accounts.snapshot_written(session_id, job.index, len(blob), took_s)
-        self._prune(job.runner)
+        self._pruner.submit(job.runner)
 
     def _record(self, runner: SessionRunner, ref: SnapshotRef) -> None:
         try:
@@ -140,20 +142,6 @@ class SnapshotWriter:
             # Nobody lists these bytes; without this they would lie there for ever.
             self._store.delete(ref.session_id, ref.id)
             raise
-
-    def _prune(self, runner: SessionRunner) -> None:
-        session_id = runner.session_id
-        try:
-            for ref in to_prune(self._directory.snapshots(session_id), kept=self._kept):
-                runner.held()
-                try:
-                    self._directory.drop_snapshot(session_id, ref.id)
-                except ConflictError:
-                    # Pinned since it was listed: it stays.
-                    continue
-                self._store.delete(session_id, ref.id)
-        except EchoError as error:
-            self._accounts.store_failed(session_id, "prune", error)
 
     def _release(self, job: _Release) -> None:
         runner = job.runner
@@ -167,3 +155,12 @@ class SnapshotWriter:
             self._accounts.store_failed(runner.session_id, "release", error)
         log(logging.INFO, "released", session=runner.session_id, state=job.state.value)
         runner.apply(partial(owner_events.ended, error=told))
+        if job.state is SessionState.PAUSED:
+            self._make_durable(runner.session_id)
+
+    def _make_durable(self, session_id: str) -> None:
+        """A paused session may rest for long, on its newest snapshot alone."""
+        try:
+            make_newest_durable_soon(self._directory, self._store, session_id)
+        except EchoError as error:
+            self._accounts.store_failed(session_id, "durable", error)

@@ -96,6 +96,14 @@ TABLE: tuple[MetricSpec, ...] = (
         _IO_S,
     ),
     MetricSpec("snapshot_size_bytes", "histogram", "bytes", "Size at rest.", (), _BYTES),
+    MetricSpec("snapshot_debt", "gauge", "snapshots", "Durable copies still to be made."),
+    MetricSpec(
+        "snapshot_tier_events",
+        "counter",
+        "events",
+        "Failures, misses and copies between the hot and the durable snapshot store.",
+        ("event",),
+    ),
     MetricSpec(
         "oldest_snapshot_timestamp_seconds",
         "gauge",

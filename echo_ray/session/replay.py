@@ -31,9 +31,9 @@ def points_to_try(
     first cannot be read; `refused` names snapshots that already could not.
     """
     usable = [s for s in snapshots if s.chunk_index <= next_index and s.id not in refused]
-    newest_first = sorted(usable, key=lambda s: (s.chunk_index, s.created_at, s.id), reverse=True)
-    near = [s for s in newest_first if next_index - s.chunk_index <= limit]
-    far = [s for s in newest_first if next_index - s.chunk_index > limit]
+    ordered = newest_first(usable)
+    near = [s for s in ordered if next_index - s.chunk_index <= limit]
+    far = [s for s in ordered if next_index - s.chunk_index > limit]
     covering = [s for s in near if s.chunk_index <= needed]
     later = sorted((s for s in near if s.chunk_index > needed), key=lambda s: s.chunk_index)
     if next_index <= limit:
@@ -104,11 +104,14 @@ def compare(committed: Mapping[int, str], index: int, digest: str) -> Verdict:
     return Verdict.SAME if expected == digest else Verdict.DIFFERENT
 
 
-def to_prune(snapshots: Sequence[SnapshotRef], *, kept: int) -> tuple[SnapshotRef, ...]:
-    """Snapshots to delete: unpinned ones beyond the newest `kept`."""
-    unpinned = sorted(
-        (s for s in snapshots if not s.pinned),
-        key=lambda s: (s.chunk_index, s.created_at, s.id),
-        reverse=True,
-    )
-    return tuple(unpinned[kept:])
+def to_prune(
+    snapshots: Sequence[SnapshotRef], *, kept: int, spared: str | None = None
+) -> tuple[SnapshotRef, ...]:
+    """Snapshots to delete: unpinned ones beyond the newest `kept`, but never the id `spared`."""
+    unpinned = newest_first([s for s in snapshots if not s.pinned])
+    return tuple(s for s in unpinned[kept:] if s.id != spared)
+
+
+def newest_first(snapshots: Sequence[SnapshotRef]) -> list[SnapshotRef]:
+    """Snapshots by their points, the newest first; of one point, the one made last first."""
+    return sorted(snapshots, key=lambda s: (s.chunk_index, s.created_at, s.id), reverse=True)

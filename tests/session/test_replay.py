@@ -101,3 +101,10 @@ def test_pruning_keeps_the_newest_and_every_pinned_one():
     refs = [ref(8), ref(16, pinned=True), ref(24), ref(32), ref(40, name="a"), ref(40, name="b")]
     assert [s.id for s in to_prune(refs, kept=2)] == ["p32", "p24", "p8"]
     assert to_prune(refs, kept=9) == ()
+
+
+def test_pruning_never_takes_the_spared_one_nor_another_in_its_place():
+    refs = [ref(index) for index in (8, 16, 24, 32)]
+    assert [s.id for s in to_prune(refs, kept=1, spared="p16")] == ["p24", "p8"]
+    assert [s.id for s in to_prune(refs, kept=1, spared="p32")] == ["p24", "p16", "p8"]
+    assert [s.id for s in to_prune(refs, kept=3, spared="ghost")] == ["p8"]
