@@ -1,8 +1,7 @@
-"""One pull of one session in one format, carried across the death of any replica.
+"""One pull of one session in one format: what `session/pulling.py` decides, over websockets.
 
-Connects to the owner's data socket, hands on committed segments by index, and whenever the owner
-breaks, refuses, is fenced, goes away or falls silent, finds or makes another owner and goes on at
-the next index wanted. Only a session that has ended, or an index that is gone, ends it.
+Connects to the owner's data socket and hands on committed segments by index. Nothing is decided
+here but what a broken or strange connection is to be called.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
+from functools import partial
 from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -22,30 +21,29 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from echo_ray.clock import Clock
 from echo_ray.config import SessionSection
-from echo_ray.errors import (
-    ClipLost,
-    EchoError,
-    Fenced,
-    InvalidRequestError,
-    MessageError,
-    NotFoundError,
-    SegmentExpired,
-    SessionClosed,
-    UnavailableError,
-)
+from echo_ray.errors import EchoError, Fenced, MessageError
 from echo_ray.serve.ownership import Owners
 from echo_ray.serve.telemetry import Telemetry, log
-from echo_ray.session.locating import AVOID_S, Ask, Owner, SessionPaused
+from echo_ray.session import pull_events, pulling
+from echo_ray.session.locating import Ask, Owner, SessionPaused
+from echo_ray.session.pull_events import (
+    Disconnect,
+    Failover,
+    Lost,
+    Recovered,
+    Step,
+    TellPaused,
+    TellTrouble,
+)
+from echo_ray.session.pulling import Cause, End, Find, OwnerLost, Pulling, Read, Rest, Shun
 from echo_ray.wire import error_from, parse_object
 
-TERMINAL = (NotFoundError, SessionClosed, SegmentExpired, ClipLost, InvalidRequestError)
-"""No other replica would answer otherwise, today or tomorrow."""
 MAX_SEGMENT_BYTES = 2**28
-FIRST_DELAY_S = 0.05
-MAX_DELAY_S = 1.0
-PAUSED_POLL_S = 0.5
 PATIENCE_S = 30.0
 """Viewers are told of trouble that lasts as long as this, and again each time it has."""
+
+Event = Callable[[Pulling], Step]
+"""One of `pull_events`, with all its arguments but the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class Sink(Protocol):
     """Where an upstream delivers."""
 
     def next_index(self) -> int:
-        """The first index wanted."""
+        """The first index wanted; read when the pull begins."""
         ...
 
     def wanted_until(self) -> int | None:
@@ -83,28 +81,6 @@ class Sink(Protocol):
     def trouble(self, error: EchoError) -> None:
         """Nothing has come for long; this is why. The upstream goes on trying."""
         ...
-
-
-class Shun(Enum):
-    """Who is to avoid a replica for a while after a pull from it ended."""
-
-    NOBODY = auto()
-    SESSION = auto()
-    """It refused this session; others may be fine there."""
-    ALL = auto()
-    """It cannot be reached, says nothing, or is leaving."""
-
-
-class OwnerLost(Exception):
-    """The pull ended."""
-
-    def __init__(
-        self, reason: str, *, shun: Shun = Shun.ALL, error: EchoError | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.shun = shun
-        self.error = error
 
 
 class Upstream:
@@ -132,16 +108,18 @@ class Upstream:
         self._socket: ClientConnection | None = None
         self._poked = asyncio.Event()
         self._want = asyncio.Event()
-        self._shunned: dict[str, float] = {}
-        self._attempts = 0
-        self._lost_at: float | None = None
-        self._told_at = clock.monotonic()
+        self._now = Pulling(
+            next=sink.next_index(),
+            told_s=clock.monotonic(),
+            beat_s=section.beat_s,
+            silence_s=section.silence_s,
+            patience_s=PATIENCE_S,
+        )
 
     def poke(self) -> None:
         """Read the record again at once: somebody has changed it."""
+        self._apply(pull_events.poked)
         self._poked.set()
-        if self._socket is not None:
-            self._socket.transport.abort()
 
     def want(self) -> None:
         """Tell the owner the sink's new `wanted_until`."""
@@ -149,43 +127,85 @@ class Upstream:
 
     async def run(self) -> EchoError:
         """Pull for ever; returns the error that ends the session for its readers."""
-        failed: Owner | None = None
-        last_epoch: int | None = None
-        paused = False
-        self._told_at = self._clock.monotonic()
         while True:
-            self._poked.clear()
-            try:
-                ask = Ask(
-                    failed=failed,
-                    last_epoch=last_epoch,
-                    wake=self._sink.waking(),
-                    avoid=self._shunned_now(),
-                )
-                owner = await self._owners.find(self.session_id, ask)
-                failed, last_epoch, paused = owner, owner.epoch, False
-                await self._pull(owner)
-                failed = None
-            except SessionPaused:
-                if not paused:
-                    self._sink.paused()
-                paused, failed, self._lost_at = True, None, None
-                self._told_at = self._clock.monotonic()
-                await self._pause(PAUSED_POLL_S)
-                continue
-            except OwnerLost as lost:
-                if self._poked.is_set():
-                    failed = None
-                    continue
-                self._note_loss(owner, lost)
-            except TERMINAL as error:
-                return error
-            except EchoError as error:
-                self._complain(error)
-            await self._back_off()
+            now_s = self._clock.monotonic()
+            match pulling.work(self._now, now_s, wake=self._sink.waking()):
+                case Find(ask):
+                    await self._find(ask)
+                case Read(owner, start):
+                    await self._read(owner, start)
+                case Rest(until_s):
+                    await self._rest(until_s - now_s)
+                case End(error):
+                    return error
 
-    async def _pull(self, owner: Owner) -> None:
-        start = self._sink.next_index()
+    def _apply(self, event: Event) -> None:
+        self._now, effects = event(self._now)
+        for effect in effects:
+            match effect:
+                case Disconnect():
+                    if self._socket is not None:
+                        self._socket.transport.abort()
+                case Lost(owner, reason, avoid):
+                    self._log_loss(owner, reason)
+                    if avoid:
+                        self._owners.avoid(owner.replica_id)
+                case Failover(cause):
+                    self._telemetry.count("failovers", cause=cause.value)
+                case Recovered(after_s):
+                    self._telemetry.observe("failover_seconds", after_s)
+                case TellPaused():
+                    self._sink.paused()
+                case TellTrouble(error):
+                    self._sink.trouble(error)
+
+    def _log_loss(self, owner: Owner, reason: str) -> None:
+        log(
+            logging.WARNING,
+            "owner_lost",
+            session=self.session_id,
+            replica=owner.replica_id,
+            epoch=owner.epoch,
+            reason=reason,
+        )
+
+    def _failed(self, event: Callable[..., Step], **what: Any) -> None:
+        jitter = self._rng.uniform(0.5, 1.0)
+        self._apply(partial(event, now_s=self._clock.monotonic(), jitter=jitter, **what))
+
+    async def _find(self, ask: Ask) -> None:
+        self._apply(pull_events.finding)
+        try:
+            owner = await self._owners.find(self.session_id, ask)
+        except (EchoError, SessionPaused) as error:
+            self._failed(pull_events.not_found, error=error)
+        else:
+            self._apply(partial(pull_events.found, owner=owner))
+
+    async def _rest(self, seconds: float) -> None:
+        self._poked.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._poked.wait()
+
+    async def _read(self, owner: Owner, start: int) -> None:
+        try:
+            socket = await self._connect(owner, start)
+            self._socket = socket
+            wants = asyncio.create_task(self._send_wants(socket))
+            try:
+                while self._now.owner is owner:
+                    await self._message(socket, owner)
+            finally:
+                self._socket = None
+                wants.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await wants
+                socket.transport.abort()
+        except OwnerLost as loss:
+            self._failed(pull_events.lost, loss=loss)
+
+    async def _connect(self, owner: Owner, start: int) -> ClientConnection:
         url = (
             f"ws://{owner.address}/v1/pull/{self.session_id}"
             f"?epoch={owner.epoch}&from={start}&format={self.fmt}"
@@ -196,7 +216,7 @@ class Upstream:
             url += f"&until={until}"
         try:
             async with asyncio.timeout(self._section.silence_s):
-                socket = await connect(
+                return await connect(
                     url,
                     compression=None,
                     max_size=MAX_SEGMENT_BYTES,
@@ -206,74 +226,51 @@ class Upstream:
                 )
         except (OSError, TimeoutError, WebSocketException) as e:
             raise OwnerLost(f"refused: {e!r}") from e
-        self._socket = socket
-        wants = asyncio.create_task(self._send_wants(socket))
-        try:
-            if not self._poked.is_set():
-                await self._read(socket, owner)
-        except ConnectionClosed as e:
-            fenced = e.rcvd is not None and e.rcvd.code == Fenced.ws_close
-            raise OwnerLost(
-                "fenced" if fenced else f"broke: {e}", shun=Shun.NOBODY if fenced else Shun.ALL
-            ) from e
-        finally:
-            self._socket = None
-            wants.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await wants
-            socket.transport.abort()
 
-    async def _read(self, socket: ClientConnection, owner: Owner) -> None:
-        while True:
-            text = await self._hear(socket)
-            if isinstance(text, bytes):
-                raise OwnerLost("sent a segment without metadata")
-            body = _parse(text)
-            match body.get("type"):
-                case "hello":
-                    self._sink.connected(owner)
-                    self._want.set()
-                case "video.chunk_metadata":
-                    await self._segment(socket, text, body)
-                case "session.going_away":
-                    raise OwnerLost("going away")
-                case "beat":
-                    pass
-                case _ if "code" in body and "message" in body:
-                    self._refused(error_from(body))
+    async def _message(self, socket: ClientConnection, owner: Owner) -> None:
+        text = await self._hear(socket)
+        if isinstance(text, bytes):
+            raise OwnerLost("sent a segment without metadata")
+        body = _parse(text)
+        match body.get("type"):
+            case "hello":
+                self._sink.connected(owner)
+                self._want.set()
+            case "video.chunk_metadata":
+                await self._segment(socket, text, body)
+            case "session.going_away":
+                raise OwnerLost("going away", cause=Cause.DRAIN)
+            case "beat":
+                pass
+            case _ if "code" in body and "message" in body:
+                self._failed(pull_events.refused, error=error_from(body))
 
     async def _segment(self, socket: ClientConnection, text: str, body: dict[str, Any]) -> None:
         data = await self._hear(socket)
-        index = body.get("chunk_index")
+        index: Any = body.get("chunk_index")
         if not isinstance(data, bytes) or len(data) != body.get("byte_length"):
             raise OwnerLost(f"chunk {index!r}: metadata and segment do not fit")
-        wanted = self._sink.next_index()
-        if isinstance(index, int) and 0 <= index < wanted:
-            return
-        if index != wanted:
-            raise OwnerLost(f"sent chunk {index!r} where {wanted} was due")
-        await self._sink.deliver(WireSegment(index, text, data))
-        self._attempts = 0
-        now = self._clock.monotonic()
-        self._told_at = now
-        if self._lost_at is not None:
-            self._telemetry.observe("failover_seconds", now - self._lost_at)
-            self._lost_at = None
+        if pulling.takes(self._now, index):
+            await self._sink.deliver(WireSegment(index, text, data))
+            now_s = self._clock.monotonic()
+            self._apply(partial(pull_events.delivered, index=index, now_s=now_s))
 
     async def _hear(self, socket: ClientConnection) -> str | bytes:
-        """The next message; `OwnerLost` after `silence_s` without one.
-
-        The wait is cut into slices and all of them must pass: when this process itself was
-        stopped or starved, one slice runs out at once, and the owner is not to blame.
-        """
-        slice_s = self._section.beat_s
-        for _ in range(math.ceil(self._section.silence_s / slice_s)):
+        """The next message. Raises `OwnerLost` if none comes, or nobody listens any more."""
+        while self._now.owner is not None:
             try:
-                async with asyncio.timeout(slice_s):
-                    return await socket.recv()
+                async with asyncio.timeout(self._section.beat_s):
+                    message = await socket.recv()
             except TimeoutError:
-                continue
-        raise OwnerLost(f"silent for {self._section.silence_s} s")
+                self._failed(pull_events.quiet)
+            except ConnectionClosed as e:
+                if e.rcvd is not None and e.rcvd.code == Fenced.ws_close:
+                    raise OwnerLost("fenced", cause=Cause.FENCED, shun=Shun.NOBODY) from e
+                raise OwnerLost(f"broke: {e}") from e
+            else:
+                self._apply(pull_events.heard)
+                return message
+        raise OwnerLost("given up")
 
     async def _send_wants(self, socket: ClientConnection) -> None:
         sent: int | None = None
@@ -286,64 +283,9 @@ class Upstream:
                     await socket.send(json.dumps({"type": "want", "until": until}))
                     sent = until
 
-    def _refused(self, error: EchoError) -> None:
-        if isinstance(error, TERMINAL):
-            raise error
-        shun = Shun.NOBODY if isinstance(error, Fenced) else Shun.SESSION
-        raise OwnerLost(f"refused: {error.message}", shun=shun, error=error)
-
-    def _note_loss(self, owner: Owner, lost: OwnerLost) -> None:
-        log(
-            logging.WARNING,
-            "owner_lost",
-            session=self.session_id,
-            replica=owner.replica_id,
-            epoch=owner.epoch,
-            reason=lost.reason,
-        )
-        if lost.shun is Shun.ALL:
-            self._owners.avoid(owner.replica_id)
-        elif lost.shun is Shun.SESSION:
-            self._shunned[owner.replica_id] = self._clock.monotonic() + AVOID_S
-        if self._lost_at is None:
-            self._lost_at = self._clock.monotonic()
-            self._telemetry.count("failovers", cause=_cause(lost))
-        self._complain(
-            lost.error
-            or UnavailableError(f"replica {owner.replica_id}: {lost.reason}", retry_after_s=1.0)
-        )
-
-    def _shunned_now(self) -> set[str]:
-        now = self._clock.monotonic()
-        self._shunned = {rid: until for rid, until in self._shunned.items() if until > now}
-        return set(self._shunned)
-
-    def _complain(self, error: EchoError) -> None:
-        now = self._clock.monotonic()
-        if now - self._told_at >= PATIENCE_S:
-            self._told_at = now
-            self._sink.trouble(error)
-
-    async def _back_off(self) -> None:
-        """The first loss after a delivery costs no wait; later ones a growing, jittered one."""
-        self._attempts += 1
-        if self._attempts > 1:
-            delay = min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(self._attempts - 2, 10))
-            await self._pause(delay * self._rng.uniform(0.5, 1.0))
-
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._poked.wait()
-
 
 def _parse(text: str) -> dict[str, Any]:
     try:
         return parse_object(text)
     except MessageError as e:
         raise OwnerLost(f"sent what is no message: {e.message}") from e
-
-
-def _cause(lost: OwnerLost) -> str:
-    first = lost.reason.split(":")[0].split(" for ")[0]
-    return {"silent": "silent", "going away": "drain", "fenced": "fenced"}.get(first, "broken")
