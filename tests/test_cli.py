@@ -13,6 +13,7 @@ from PIL import Image
 from echo_ray import __version__
 from echo_ray.cli import main
 from echo_ray.commands.serve import check_port, default_config, read_plan
+from echo_ray.config import EchoConfig, from_mapping, read_yaml
 from echo_ray.errors import ConfigError, ModelUnknown
 from echo_ray.preset import preset_folder
 from echo_ray.serve.app import application
@@ -127,6 +128,34 @@ def test_serve_refuses_a_port_that_is_taken_even_by_one_who_shares():
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port} is in use by another program"):
             read_plan(default_config(), [f"http.port={port}"])
     check_port("127.0.0.1", port)
+
+
+def test_serve_refuses_stores_that_do_not_answer_before_ray_starts(capsys):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        settings = [
+            "http.port=0",
+            "storage.backend=redis",
+            f"storage.redis.url=redis://{address}/0",
+            "storage.redis.timeout_s=0.5",
+        ]
+        words = [word for setting in settings for word in ("--set", setting)]
+        assert address in refused(capsys, "serve", *words)
+
+
+def test_the_config_file_of_a_cluster_is_one():
+    file = ROOT / "deployments" / "cluster.yaml"
+    assert f"| `{file.name}` |" in (file.parent / "README.md").read_text()
+    app = read_yaml(file)["applications"][0]
+    config = from_mapping(EchoConfig, app["args"])
+    assert config.storage.backend == "tiered"
+    assert config.storage.redis.password_env == "ECHO_REDIS_PASSWORD"
+    options = {d["name"]: {k: v for k, v in d.items() if k != "name"} for d in app["deployments"]}
+    assert options["GeneratorReplica"]["ray_actor_options"]["num_gpus"] == 1
+    bound = application(app["args"], options=options)._bound_deployment
+    assert bound.ray_actor_options["num_gpus"] == 1
+    assert options["Router"]["num_replicas"] == 2
 
 
 def test_the_plan_is_the_config_file_with_its_settings_changed():

@@ -85,3 +85,23 @@ def test_a_config_file_may_use_exponents_within_the_limits(tmp_path: Path) -> No
 def test_a_setting_s_limits_hold_for_what_is_not_finite(text: str) -> None:
     with pytest.raises(ConfigError, match="is not allowed"):
         from_mapping(EchoConfig, with_overrides({}, [f"session.idle_grace_s={text}"]))
+
+
+def test_settings_reach_any_depth_and_leave_what_was_given_alone() -> None:
+    given = {"storage": {"redis": {"prefix": "mine"}}, "http": {"port": 1}}
+    assigned = ["storage.redis.url=redis://r:1/0", "storage.s3.bucket=b", "http.port=2"]
+    changed = with_overrides(given, assigned)
+    assert given == {"storage": {"redis": {"prefix": "mine"}}, "http": {"port": 1}}
+    config = from_mapping(EchoConfig, changed)
+    redis = config.storage.redis
+    assert (redis.prefix, redis.url) == ("mine", "redis://r:1/0")
+    assert (config.storage.s3.bucket, config.http.port) == ("b", 2)
+    with pytest.raises(ConfigError, match="url is a value, not a section"):
+        with_overrides(changed, ["storage.redis.url.host=x"])
+
+
+@pytest.mark.parametrize("text", ["-1", "604801", ".nan"])
+def test_the_sweep_is_never_or_at_most_a_week_apart(text: str) -> None:
+    assert from_mapping(EchoConfig, {"storage": {"sweep_s": 0}}).storage.sweep_s == 0.0
+    with pytest.raises(ConfigError, match=r"storage\.sweep_s.*0 \(never\) to 604800 seconds"):
+        from_mapping(EchoConfig, with_overrides({}, [f"storage.sweep_s={text}"]))
