@@ -11,6 +11,8 @@ from fakes import FakeEngine
 from replicas import Replicas, Unreliable, eventually, watch
 
 from echo_ray.errors import StoreUnavailable
+from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.tier_accounts import TierAccounts
 from echo_ray.session.records import SessionState
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.memory import MemorySnapshots
@@ -118,6 +120,9 @@ def test_a_durable_store_that_hangs_delays_no_snapshot_and_no_release() -> None:
             paused = lambda: bench.directory.get("s1").state is SessionState.PAUSED  # noqa: E731
             assert eventually(paused)
             assert bench.store.debt() >= 1
+            writer = bench.one.host._bench.writer
+            writer.stop(1.0)
+            assert not writer._thread.is_alive()
         finally:
             bench.durable.gate.set()
         assert eventually(lambda: 10 in bench.durable_points())
@@ -163,6 +168,17 @@ def test_the_debt_and_what_happens_between_the_tiers_are_metrics() -> None:
         bench.store.pay()
         assert eventually(lambda: value("echo_ray_snapshot_debt") == 0)
         assert eventually(lambda: value(failed[0], event="paid") == 1)
+
+
+def test_what_was_counted_is_not_counted_again() -> None:
+    telemetry, store = Telemetry(), TieredSnapshots(MemorySnapshots(), Durable(), durable_every=1)
+    accounts = TierAccounts(store, telemetry)
+    for session, told in (("s1", 1), ("s2", 2)):
+        store.put(session, "p0", b"x")
+        store.pay()
+        for _ in range(2):
+            accounts.tell()
+            assert telemetry.value("echo_ray_snapshot_tier_events_total", event="paid") == told
 
 
 def test_a_replica_that_closes_closes_its_store_last() -> None:

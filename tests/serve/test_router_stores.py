@@ -99,6 +99,7 @@ def test_a_pause_lets_the_newest_snapshot_become_durable_and_waits_for_nothing()
         durable.down = True
         assert (await rig.call("POST", f"/v1/sessions/{sid}/pause")).status_code == 200
         assert store.debt() == 1
+        assert telemetry(rig, "echo_ray_store_errors_total", op="durable") == 0
         await eventually(lambda: telemetry(rig, "echo_ray_snapshot_debt") == 1)
         durable.down = False
         assert store.pay() == 0

@@ -1,0 +1,194 @@
+"""The real service on a real Redis and an S3 server: what is lost where, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from redis_server import RedisProcess
+from s3_server import REGION, SECRET, S3Server, snapshots
+from service import Service, owner_pid, running_service, take, undisturbed, wait_for_replicas
+
+from echo_ray.client import EchoClient
+from echo_ray.storage.redis_link import RedisServer
+from echo_ray.storage.redis_snapshots import RedisSnapshots
+from echo_ray.storage.s3_snapshots import S3Snapshots
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+PROMPT = "a red ball on a blue background"
+OTHER = "a green square on a black background"
+LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The service and both stores as they are seen from outside."""
+
+    service: Service
+    redis: RedisProcess
+    s3: S3Server
+    hot: RedisSnapshots
+    durable: S3Snapshots
+
+    def held(self, store: RedisSnapshots | S3Snapshots, session: str) -> set[str]:
+        return {blob.snapshot_id for blob in store.list_blobs(session)}
+
+    def events(self, event: str) -> float:
+        """How often it happened between the tiers of any replica."""
+        name = f'echo_ray_snapshot_tier_events_total{{event="{event}"}} '
+        replicas = httpx.get(f"{self.service.url}/v1/admin/replicas").json()["replicas"]
+        pages = [httpx.get(f"http://{r['address']}/metrics").text for r in replicas]
+        lines = [line for page in pages for line in page.splitlines() if line.startswith(name)]
+        return sum(float(line.removeprefix(name)) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Credentials for the service and for this process, and none of this machine's own."""
+    nothing = str(tmp_path_factory.mktemp("aws") / "none")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", nothing)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", nothing)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", "root")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder: Path = tmp_path_factory.mktemp("cluster")
+    redis = RedisProcess(folder / "redis").start()
+    s3 = S3Server()
+    try:
+        bucket = s3.bucket()
+        settings = {
+            "storage.backend": "tiered",
+            "storage.redis.url": redis.url,
+            "storage.s3.bucket": bucket,
+            "storage.s3.endpoint": s3.url,
+            "storage.s3.region": REGION,
+            "storage.s3.path_style": "true",
+            # Beside the first snapshot of a session nothing becomes durable by its number alone.
+            "storage.s3.durable_every": 1000,
+        }
+        hot = RedisSnapshots(RedisServer(url=redis.url, timeout_s=10))
+        durable = snapshots(s3.url, bucket)
+        with running_service(folder, **settings) as service:
+            yield Cluster(service, redis, s3, hot, durable)
+        hot.close()
+        durable.close()
+    finally:
+        s3.stop()
+        redis.kill()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < end, "the condition never held"
+        await asyncio.sleep(0.1)
+
+
+def test_kill_9_of_the_owner_loses_nothing(cluster: Cluster) -> None:
+    async def scenario() -> None:
+        async with EchoClient(cluster.service.url) as client:
+            session = (await client.create(PROMPT, seed=1))["id"]
+            seen: list[str] = []
+            switches: dict[int, str] = {}
+            stream = client.segments(session, start=0, format="raw")
+            async with aclosing(stream):
+                async for segment in stream:
+                    seen.append(segment.metadata.digest)
+                    assert not segment.metadata.discontinuity
+                    if segment.index == 3:
+                        switches[await client.send_event(session, OTHER)] = OTHER
+                    if segment.index == 11:
+                        os.kill((await owner_pid(client, session))[1], signal.SIGKILL)
+                    if len(seen) == 20:
+                        break
+            assert seen == undisturbed(PROMPT, 1, 20, switches)
+            assert (await client.get(session))["epoch"] == 2
+            await client.delete(session)
+            assert cluster.held(cluster.hot, session) | cluster.held(cluster.durable, session) == (
+                set()
+            )
+
+    asyncio.run(scenario())
+    asyncio.run(wait_for_replicas(cluster.service, 2))
+
+
+def test_a_paused_session_comes_back_from_s3_when_redis_lost_its_snapshots(
+    cluster: Cluster,
+) -> None:
+    async def scenario() -> None:
+        async with EchoClient(cluster.service.url) as client:
+            session = (await client.create(PROMPT, seed=2, pace="max"))["id"]
+            first = await take(client, session, 0, 40)
+            await client.pause(session)
+            recorded = [s["id"] for s in await client.snapshots(session)]
+            assert len(recorded) >= 2
+            await until(lambda: recorded[0] in cluster.held(cluster.durable, session))
+            before = cluster.events("put_back")
+            assert set(recorded) <= cluster.held(cluster.hot, session)
+            cluster.hot.delete_session(session)
+            more = await take(client, session, 40, 8)
+            digests = [s.metadata.digest for s in first + more]
+            assert digests == undisturbed(PROMPT, 2, 48, {})
+            assert recorded[0] in cluster.held(cluster.hot, session)
+            await until(lambda: cluster.events("put_back") > before)
+            await client.delete(session)
+
+    asyncio.run(scenario())
+
+
+def test_redis_that_hangs_for_longer_than_a_lease_costs_time_only(cluster: Cluster) -> None:
+    async def scenario() -> None:
+        async with EchoClient(cluster.service.url) as client:
+            session = (await client.create(PROMPT, seed=3))["id"]
+            seen = [s.metadata.digest for s in await take(client, session, 0, 6)]
+            cluster.redis.pause()
+            try:
+                await asyncio.sleep(4.0)
+            finally:
+                cluster.redis.go_on()
+            seen += [s.metadata.digest for s in await take(client, session, 6, 12)]
+            assert seen == undisturbed(PROMPT, 3, 18, {})
+            await client.delete(session)
+
+    asyncio.run(scenario())
+    asyncio.run(wait_for_replicas(cluster.service, 2))
+
+
+def test_s3_that_hangs_delays_no_stream_no_takeover_and_no_pause(cluster: Cluster) -> None:
+    async def scenario() -> None:
+        async with EchoClient(cluster.service.url) as client:
+            session = (await client.create(PROMPT, seed=4, pace="max"))["id"]
+            os.kill(cluster.s3.pid, signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(20):
+                    seen = await take(client, session, 0, 30)
+                    os.kill((await owner_pid(client, session))[1], signal.SIGKILL)
+                    seen += await take(client, session, 30, 10)
+                    paused = await client.pause(session)
+                recorded = [s["id"] for s in await client.snapshots(session)]
+            finally:
+                os.kill(cluster.s3.pid, signal.SIGCONT)
+            assert paused["state"] == "paused"
+            assert [s.metadata.digest for s in seen] == undisturbed(PROMPT, 4, 40, {})
+            await until(lambda: recorded[0] in cluster.held(cluster.durable, session))
+            await client.delete(session)
+
+    asyncio.run(scenario())
+    asyncio.run(wait_for_replicas(cluster.service, 2))
