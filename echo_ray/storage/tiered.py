@@ -2,8 +2,8 @@
 
 Every blob goes into the hot store, and the first and then every Nth of a session into the durable
 one as well: not while its writer waits, but as a debt that is paid from the hot store, by a thread
-of this store or whoever calls `pay`. What must be durable now (a pinned snapshot, a clip) is told so
-with `make_durable`, which returns when it is; what a paused session rests on, with
+of this store or whoever calls `pay`. What must be durable now (a pinned snapshot, a clip) is told
+so with `make_durable`, which returns when it is; what a paused session rests on, with
 `make_durable_soon`, which is a debt like the others.
 
 With one store down the other goes on. Blobs are taken to be immutable, as their ids make them: the
