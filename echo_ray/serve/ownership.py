@@ -16,7 +16,8 @@ from echo_ray.errors import Fenced
 from echo_ray.session import locating
 from echo_ray.session.locating import LOOKS, Ask, Claim, Memory, Standing, Wait
 from echo_ray.session.locating import Owner as Owner
-from echo_ray.session.placement import admit, best_replica
+from echo_ray.session.moving import Move, plan
+from echo_ray.session.placement import admit
 from echo_ray.session.records import Pace, ReplicaRecord, SessionRecord
 from echo_ray.storage.interface import Directory
 
@@ -90,15 +91,15 @@ class Owners:
         pending = self._memory.pending(replicas, self._clock.monotonic())
         admit(replicas, model=model, pace=pace, cap=cap, pending=pending)
 
-    async def another(self, record: SessionRecord) -> ReplicaRecord:
-        """The best replica that is not the session's owner. Raises `NoReplica`."""
+    async def plan_move(self, record: SessionRecord, to: str | None) -> Move | None:
+        """The move of a session as `moving.plan` has it, and refuses it."""
         replicas = await asyncio.to_thread(self._directory.replicas)
         now_s = self._clock.monotonic()
-        return best_replica(
+        return plan(
+            record,
             replicas,
-            model=record.model,
+            to,
             cap=self._config.limits.sessions_per_replica,
-            avoid={record.owner or ""},
             suspects=self._memory.suspects(now_s),
             pending=self._memory.pending(replicas, now_s),
         )
