@@ -43,6 +43,8 @@ SPEED_NAMES = tuple(SPEEDS)
 
 MENTION = {"colour": 0.85, "size": 0.5, "speed": 0.4, "background": 0.92, "verb": 0.5}
 """Share of clips whose captions name it."""
+MENTION_HIDDEN = {"colour": 0.4, "size": 0.3}
+"""The same of clips whose object hides: what is to be remembered is what was seen, not said."""
 
 SCENE_FIRST = "on a {where} there is {who} {how}"
 SCENES: dict[str, float] = {
@@ -178,7 +180,8 @@ def _pace(script: Script, form: str) -> str:
 
 def _draw_wording(rng: np.random.Generator, script: Script) -> Wording:
     objects = script.colour_KO.shape[1]
-    says = {name: bool(rng.random() < share) for name, share in MENTION.items()}
+    shares = MENTION | (MENTION_HIDDEN if script.kind == "hide" else {})
+    says = {name: bool(rng.random() < share) for name, share in shares.items()}
     changing = bool((script.background_K != script.background_K[0]).any())
     says["background"] |= changing or bool(script.border_KO.any())
     says["colour"] |= objects > 1 or bool((script.colour_KO != script.colour_KO[0]).any())

@@ -28,6 +28,20 @@ TEXT_LEN = load_preset("echo-tiny").dit.text_len
 SILENT_MARKS = {"leaves", "enters"}
 
 
+def test_what_is_to_be_remembered_is_mostly_seen_and_not_said() -> None:
+    named = {
+        kind: sum(
+            any(colour in caption.split() for colour in COLOURS)
+            for clip in (clip_of(seed, kind) for seed in range(200))
+            for caption in [
+                next(c for c, h in zip(clip.captions, clip.script.hidden_K, strict=True) if not h)
+            ]
+        )
+        for kind in ("hide", "cross")
+    }
+    assert 40 < named["hide"] < 140 < named["cross"]
+
+
 def clip_of(seed: int, kind: str | None = None) -> Clip:
     return make_clip(np.random.default_rng([seed, 5]), 10, 64, 9, 12, kind)
 
