@@ -33,8 +33,10 @@ def test_synthesize_verify_convert_verify(
     said = capsys.readouterr().out
     assert "LoRA of rank 2, alpha 1, merged" in said
     assert "dit.safetensors" in said
-    assert weights("verify", dst, *name) == 0
-    assert "whole: published-small" in capsys.readouterr().out
+    for words in (name, ()):
+        assert weights("verify", dst, *words) == 0, "a converted folder knows its preset"
+        assert "whole: published-small" in capsys.readouterr().out
+    assert weights("verify", dst, "--preset", "echo-tiny") == 1
 
 
 def test_verify_tells_reasons_and_returns_1(

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synthesize.add_argument(
         "--only", metavar="PART,PART", help="of dit, memory, text, codec, small_codec"
     )
-    for sub in (verify, convert, synthesize):
+    verify.add_argument("--preset", help=f"default: the one that DIR was made for, else {PRESET}")
+    for sub in (convert, synthesize):
         sub.add_argument(
             "--preset", default=PRESET, help=f"name or folder with preset.toml; default: {PRESET}"
         )
@@ -76,9 +77,14 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _verify(args: argparse.Namespace) -> int:
     from echo_ray.preset import load_preset
+    from echo_ray.weights.manifest import FILE, read_manifest
     from echo_ray.weights.verify import verify
 
-    report = verify(args.folder, load_preset(args.preset), _options(args))
+    if args.preset is None and (args.folder / FILE).exists():
+        preset = read_manifest(args.folder).config
+    else:
+        preset = load_preset(args.preset or PRESET)
+    report = verify(args.folder, preset, _options(args))
     for line in report.lines:
         print(line)
     for problem in report.problems:
