@@ -24,7 +24,7 @@ from echo_ray.storage.redis_rows import Keys
 PIECE_BYTES = 2**20
 PIECE_KEPT_S = 600
 """A blob must be written within this time."""
-_READ_AGAIN = 5
+_READ_AGAIN = 32
 
 _ENTER = Script("""
 for i = 2, #KEYS do
@@ -107,10 +107,13 @@ class RedisSnapshots(OneTier):
             if len(found) == len(parts) and sum(map(len, found)) == made.size:
                 return b"".join(found)
             if text == seen:
-                break
+                raise self._link.damaged(f"snapshot {snapshot_id!r} of {session_id!r} lacks bytes")
             # Replaced or deleted meanwhile; the second look tells.
             seen = text
-        raise self._link.damaged(f"snapshot {snapshot_id!r} of {session_id!r} lacks bytes")
+        raise StoreUnavailable(
+            f"{self._link.address}: snapshot {snapshot_id!r} of {session_id!r} was replaced "
+            f"{_READ_AGAIN} times while it was read; try again"
+        )
 
     def delete(self, session_id: str, snapshot_id: str) -> None:
         check_ids(session_id, snapshot_id)
