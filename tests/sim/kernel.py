@@ -11,7 +11,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 Act = Callable[[], None]
 Process = Generator["Awaited", Any, None]
@@ -123,15 +123,14 @@ class Host:
             act()
 
 
-class Awaited:
+class Awaited(Protocol):
     """What a process waits for."""
 
     def begin(self, host: Host, resume: Callable[[Any], None]) -> None:
         """Call `resume` on the host once, with the outcome; an exception is raised in it."""
-        raise NotImplementedError
 
 
-class Sleep(Awaited):
+class Sleep:
     """Time."""
 
     def __init__(self, seconds: float) -> None:
@@ -157,7 +156,7 @@ class Bell:
         self._waiting.append(act)
 
 
-class Rung(Awaited):
+class Rung:
     """A bell, or time, whichever is first."""
 
     def __init__(self, bell: Bell, at_most_s: float) -> None:
@@ -230,7 +229,7 @@ class Network:
         self._world.after(self.delay(), arrive)
 
 
-class Call(Awaited):
+class Call:
     """A request to another host and its answer; `lost` is raised where none comes in time."""
 
     def __init__(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sim.kernel import Bell, Host, Network, Pipe, Process, Rung, Sleep
 from sim.replica import LEAD, LEASE_TTL_S, SLOTS, Reader, Replica, Seat, Segment
 from sim.store import Store
-from sim.stream import CHUNK_S
 
 from echo_ray.errors import EchoError, Fenced
 from echo_ray.session import locating, pull_events, pulling
@@ -52,13 +51,6 @@ class Viewer:
     stalled_s: float = 0.0
     gone: bool = False
     ended: EchoError | None = None
-    got: Bell = field(default_factory=Bell)
-
-    def position(self, now_s: float, first: int) -> int:
-        """The chunk that plays now."""
-        if self.playing_s is None:
-            return first
-        return min(self.next, first + int((now_s - self.playing_s) / CHUNK_S))
 
 
 class Router:
@@ -143,7 +135,6 @@ class _Pull:
     def __init__(self, router: Router, viewer: Viewer, take: Callable[[Segment], None]) -> None:
         self.router, self.host, self.viewer, self._take = router, router.host, viewer, take
         self.poked = Bell()
-        self.first = viewer.next
         self.now = Pulling(
             next=viewer.next,
             told_s=self.host.monotonic(),
@@ -179,7 +170,7 @@ class _Pull:
         replica = router._replicas[owner.address]
         inbox = Pipe(router._network, replica.host, self.host, "closed")
         wants = Pipe(router._network, self.host, replica.host, None)
-        wants.send(self._want())
+        wants.send(viewer.next + LEAD)
         opening = partial(serve_pull, replica, owner, start, inbox, wants)
         router._network.send(self.host, replica.host, lambda: replica.host.run(opening()))
         sent = -1
@@ -193,17 +184,12 @@ class _Pull:
                     continue
                 self.apply(pull_events.heard)
                 self._message(inbox.items.pop(0))
-                if (want := self._want()) != sent:
+                if (want := viewer.next + LEAD) != sent:
                     wants.send(want)
                     sent = want
         except OwnerLost as loss:
             self.failed(pull_events.lost, loss=loss)
         wants.send(None)
-
-    def _want(self) -> int:
-        viewer = self.viewer
-        position = viewer.position(self.host.world.now_s, 0) if viewer.playing_s else viewer.next
-        return max(position, viewer.next - 1) + LEAD
 
     def _message(self, item: Any) -> None:
         match item:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from sim.kernel import Host, Network, Process, Sleep, World
 from sim.ledger import Ledger
@@ -122,12 +123,8 @@ def _view(cluster: Cluster, viewer: Viewer, host: Host) -> Process:
         if not router.host.up:
             yield Sleep(0.2)
             continue
-
-        def take(segment: Segment, router: Router = router, life: int = life) -> None:
-            _taken(cluster, viewer, segment)
-
         viewer.gone = False
-        router.watch(viewer, take)
+        router.watch(viewer, partial(_taken, cluster, viewer))
         while viewer.ended is None and router.host.up and router.host.life == life:
             yield Sleep(0.3)
 

@@ -13,12 +13,11 @@ from sim.kernel import Awaited, Call, Host, Network
 from sim.ledger import Ledger
 from sim.stream import StreamState
 
-from echo_ray.errors import EchoError, SnapshotNotFound, StoreUnavailable
+from echo_ray.errors import SnapshotNotFound, StoreUnavailable
 from echo_ray.session.records import (
     ControlEntry,
     Lease,
     ReplicaRecord,
-    SessionRecord,
     SnapshotRef,
 )
 from echo_ray.storage.memory import MemoryDirectory
@@ -52,12 +51,6 @@ class Store:
     def get(self, caller: Host, session_id: str) -> Asked:
         return self._ask(caller, lambda: self.directory.get(session_id))
 
-    def create(self, caller: Host, record: SessionRecord) -> Asked:
-        return self._ask(caller, lambda: self.directory.create(record))
-
-    def list(self, caller: Host) -> Asked:
-        return self._ask(caller, self.directory.list)
-
     def claim(self, caller: Host, session_id: str, owner: str, epoch: int, ttl_s: float) -> Asked:
         def work() -> Lease:
             lease = self.directory.claim(session_id, owner, expect_epoch=epoch, ttl_s=ttl_s)
@@ -71,9 +64,6 @@ class Store:
 
     def release(self, caller: Host, lease: Lease, state: str) -> Asked:
         return self._ask(caller, lambda: self.directory.release(lease, state=state))
-
-    def set_state(self, caller: Host, session_id: str, state: str) -> Asked:
-        return self._ask(caller, lambda: self.directory.set_state(session_id, state=state))
 
     def seal(self, caller: Host, lease: Lease, index: int) -> Asked:
         return self._ask(caller, lambda: self.directory.seal(lease, index))
@@ -136,6 +126,3 @@ class Store:
 
     def delete_blob(self, caller: Host, session_id: str, name: str) -> Asked:
         return self._ask(caller, lambda: self.blobs.pop((session_id, name), None))
-
-
-__all__ = ["EchoError", "Store"]

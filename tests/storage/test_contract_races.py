@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fakes import FakeClock
+from rivals import race
 from stored import new, owned
 
 from echo_ray.clock import SystemClock
@@ -160,28 +160,7 @@ def test_of_claims_from_several_processes_exactly_one_wins(tmp_path: Path) -> No
     path, rounds = tmp_path / "d.sqlite3", 25
     directory = LocalDirectory(path, SystemClock())
     directory.create(new())
-    rivals = [
-        subprocess.Popen(
-            [sys.executable, "-c", RIVAL, str(path), f"r{n}", str(rounds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(3)
-    ]
-    try:
-        for rival in rivals:
-            assert rival.stdout is not None
-            assert rival.stdout.readline() == "ready\n"
-        for rival in rivals:
-            assert rival.stdin is not None
-            rival.stdin.write("go\n")
-            rival.stdin.flush()
-        outputs = [rival.communicate(timeout=40)[0] for rival in rivals]
-    finally:
-        for rival in rivals:
-            rival.kill()
-            rival.wait()
+    outputs = race(RIVAL, [[str(path), f"r{n}", str(rounds)] for n in range(3)])
     epochs = sorted(epoch for output in outputs for epoch in json.loads(output))
     assert epochs == list(range(rounds))
     assert directory.get("s1").epoch == rounds

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from fakes import FakeClock
 from redis_server import RedisProcess
+from rivals import race
 from stored import new, owned, produce
 
 from echo_ray.clock import SystemClock
@@ -67,28 +66,8 @@ def test_of_claims_commits_and_events_from_processes_each_counts_once(
 ) -> None:
     rounds = 15
     directory.create(new())
-    rivals = [
-        subprocess.Popen(
-            [sys.executable, "-c", RIVAL, redis_server.url, prefix, f"r{n}", str(rounds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(3)
-    ]
-    try:
-        for rival in rivals:
-            assert rival.stdout is not None
-            assert rival.stdout.readline() == "ready\n"
-        for rival in rivals:
-            assert rival.stdin is not None
-            rival.stdin.write("go\n")
-            rival.stdin.flush()
-        results = [json.loads(rival.communicate(timeout=40)[0]) for rival in rivals]
-    finally:
-        for rival in rivals:
-            rival.kill()
-            rival.wait()
+    arguments = [[redis_server.url, prefix, f"r{n}", str(rounds)] for n in range(3)]
+    results = [json.loads(output) for output in race(RIVAL, arguments)]
     assert sorted(epoch for won, _ in results for epoch in won) == list(range(rounds))
     record = directory.get("s1")
     assert record.epoch == rounds
