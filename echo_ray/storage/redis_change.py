@@ -3,7 +3,8 @@
 A change reads, lets a rule decide, and writes through one script: if the session's version is still
 the one that was read, make these writes and set a new version; else read again. Every attempt of
 one change carries the same new version, so that a change whose answer was lost is recognised when
-the session is read again.
+the session is read again. A change that was overtaken a few times gets the next turn: for a moment
+the script refuses everybody else, so that an owner's seal cannot starve among busy viewers.
 """
 
 from __future__ import annotations
@@ -26,23 +27,38 @@ from echo_ray.storage.redis_rows import Damaged, Keys, Stored
 
 T = TypeVar("T")
 
+# ARGV: the version expected, the new one, the ms for which to ask for the next turn, the writes.
 # Fails at the first write or not at all: keys of another kind and full memory show there, and
 # `version` comes last.
 SET_IF_SAME = Script("""
-if (redis.call('HGET', KEYS[1], 'version') or '') ~= ARGV[1] then return 0 end
-local at = 3
+local turn = redis.call('GET', KEYS[6])
+if turn and turn ~= ARGV[2] then return 0 end
+local version = redis.call('HGET', KEYS[1], 'version') or ''
+if version ~= ARGV[1] then
+  if ARGV[3] == '0' or version == '' then return 0 end
+  redis.call('SET', KEYS[6], ARGV[2], 'PX', ARGV[3])
+  return 2
+end
+local at = 4
 while at <= #ARGV do
   local last = at + tonumber(ARGV[at])
   redis.call(ARGV[at + 1], KEYS[tonumber(ARGV[at + 2])], unpack(ARGV, at + 3, last))
   at = last + 1
 end
 redis.call('HSET', KEYS[1], 'version', ARGV[2])
+if turn then redis.call('DEL', KEYS[6]) end
 return 1
 """)
-WHAT = ("session", "log", "events", "commits", "snapshots")
+WHAT = ("session", "log", "events", "commits", "snapshots", "turn")
 SESSION, LOG, EVENTS, COMMITS, SNAPSHOTS = range(1, 6)
 """Which of a session's keys a write goes to."""
 _ATTEMPTS = 100
+_PATIENCE = 4
+"""After so many attempts a change asks for the next turn."""
+_TURN_MS = 250
+"""How long others hold back for a change that then does not come."""
+OVERTAKEN, DONE, OWN_TURN = range(3)
+"""What the script answers."""
 _LONGEST_PAUSE_S = 0.05
 
 
@@ -86,9 +102,12 @@ class SessionKeys:
             if not writes:
                 self.settle(told=told)
                 return change.answer
-            if self.write(keys, stored.version, version, writes, told=told):
+            turn_ms = _TURN_MS if attempt >= _PATIENCE else 0
+            done = self.write(keys, stored.version, version, writes, told=told, turn_ms=turn_ms)
+            if done == DONE:
                 return change.answer
-            time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 0.0005 * 2 ** min(attempt, 10))))
+            if done == OVERTAKEN:
+                time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 0.0005 * 2 ** min(attempt, 10))))
         raise StoreUnavailable(
             f"{self._link.address}: session {session_id!r} was changed by others in each of "
             f"{_ATTEMPTS} attempts; try again",
@@ -103,18 +122,19 @@ class SessionKeys:
         writes: Sequence[Command],
         *,
         told: bool,
-    ) -> bool:
-        """Whether the version was still the expected one, and so the writes were made."""
+        turn_ms: int = 0,
+    ) -> int:
+        """Make the writes if the version is still the expected one; returns what came of it."""
         arguments: list[object] = []
         for write in writes:
             arguments += (len(write), *write)
         wait = self._wait.answer if told else self._wait.chunk
         done, *safe = self._link.run(
-            SET_IF_SAME.call(keys, expected, version, *arguments), wait=wait
+            SET_IF_SAME.call(keys, expected, version, turn_ms, *arguments), wait=wait
         )
-        if done:
+        if done == DONE:
             check_safe(self._link.address, wait, safe)
-        return bool(done)
+        return int(done)
 
     def settle(self, *, told: bool) -> None:
         """Wait for what was written before: the answer may be to somebody's second try.

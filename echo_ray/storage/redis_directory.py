@@ -27,6 +27,7 @@ from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, Session
 from echo_ray.storage import redis_rows as rows
 from echo_ray.storage.redis_change import (
     COMMITS,
+    DONE,
     EVENTS,
     LOG,
     SESSION,
@@ -84,13 +85,14 @@ class RedisDirectory:
 
     def create(self, record: SessionRecord) -> None:
         control_log.check_new(record)
-        key = self._keys.of(record.id, "session")
+        keys = self._sessions.all_of(record.id)
         named: Command = ("SADD", self._keys.sessions, record.id)
         _, seq = self._link.run(named, ("INCR", self._keys.created))
         version = secrets.token_hex(8)
         fields = rows.session_fields(record) | {"seq": str(seq), "appended": "0", "recorded": "0"}
-        if not self._sessions.write([key], "", version, [("HSET", 1, *flat(fields))], told=True):
-            (held,) = self._link.run(("HGET", key, "version"))
+        writes: list[Command] = [("HSET", SESSION, *flat(fields))]
+        if self._sessions.write(keys, "", version, writes, told=True) != DONE:
+            (held,) = self._link.run(("HGET", keys[0], "version"))
             if held != version.encode():
                 raise control_log.exists(record.id)
             self._sessions.settle(told=True)

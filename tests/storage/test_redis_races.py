@@ -15,9 +15,11 @@ from stored import new, owned, produce
 
 from echo_ray.clock import SystemClock
 from echo_ray.errors import SnapshotNotFound, StoreUnavailable
+from echo_ray.session import control_log
+from echo_ray.session.records import Lease, SessionRecord
 from echo_ray.storage import redis_change
 from echo_ray.storage.redis_directory import RedisDirectory
-from echo_ray.storage.redis_link import RedisServer
+from echo_ray.storage.redis_link import Command, RedisServer
 from echo_ray.storage.redis_snapshots import PIECE_BYTES, RedisSnapshots
 
 RIVAL = """
@@ -25,7 +27,7 @@ import json, sys
 from echo_ray.clock import SystemClock
 from echo_ray.errors import Fenced
 from echo_ray.storage.redis_directory import RedisDirectory
-from echo_ray.storage.redis_link import RedisServer
+from echo_ray.storage.redis_link import Command, RedisServer
 
 url, prefix, owner, rounds = *sys.argv[1:4], int(sys.argv[4])
 directory = RedisDirectory(RedisServer(url=url, timeout_s=10), SystemClock(), prefix=prefix)
@@ -74,6 +76,41 @@ def test_of_claims_commits_and_events_from_processes_each_counts_once(
     assert record.next_index == sum(made for _, made in results)
     assert len(directory.digests("s1", 0, 99)) == record.next_index
     assert len(directory.controls("s1")) == 3 * rounds
+
+
+def test_a_change_that_others_always_overtake_gets_its_turn(
+    directory: RedisDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A viewer that writes between every read and write of a seal does not starve the owner."""
+    lease = owned(directory)
+    sessions = directory._sessions
+    sealed, refused = control_log.sealed, []
+
+    def overtaken(record: SessionRecord, lease: Lease, index: int) -> SessionRecord:
+        version = sessions.found("s1", sessions._link.run(sessions.read("s1"))[0]).version
+        keys = sessions.all_of("s1")
+        writes: list[Command] = [("HSET", redis_change.EVENTS, f"e{len(refused)}", "x")]
+        done = sessions.write(keys, version, f"v{len(refused)}", writes, told=False)
+        refused.append(done == redis_change.OVERTAKEN)
+        return sealed(record, lease, index)
+
+    monkeypatch.setattr(control_log, "sealed", overtaken)
+    directory.seal(lease, 0)
+    assert refused == [False] * (redis_change._PATIENCE + 1) + [True]
+    monkeypatch.undo()
+    directory.commit(lease, 0, "d", "fp")
+    assert directory.append_control("s1", "after", "p").chunk == 1, "the turn was given back"
+
+
+def test_a_turn_that_is_not_taken_ends(
+    redis_server: RedisProcess, directory: RedisDirectory, prefix: str
+) -> None:
+    lease = owned(directory)
+    turn = directory._sessions.all_of("s1")[redis_change.WHAT.index("turn")]
+    directory._link.run(("SET", turn, "of somebody who died", "PX", redis_change._TURN_MS))
+    began = SystemClock().monotonic()
+    directory.seal(lease, 0)
+    assert SystemClock().monotonic() - began >= 0.9 * redis_change._TURN_MS / 1000
 
 
 def test_renewals_do_not_stand_in_the_way_of_commits(
