@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from echo_ray.session.forking import Past
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.session.sweep import StoredBlob
 
@@ -25,6 +26,16 @@ class Directory(Protocol):
 
     def create(self, record: SessionRecord) -> None:
         """Add a session. Raises `SessionExists`; `InvalidRequestError` if it cannot be kept."""
+        ...
+
+    def restore(self, past: Past) -> None:
+        """Add a session that begins with a past: all of it or nothing, and nobody sees a part.
+
+        From here it is a session like any other that nobody owns: its next chunk is the record's
+        `next_index`, and what comes before is replayed from a snapshot or the start. The blobs that
+        it names must be stored before. Raises `SessionExists`; `InvalidRequestError` for what does
+        not fit together (`session/forking.py`).
+        """
         ...
 
     def get(self, session_id: str) -> SessionRecord:

@@ -17,6 +17,7 @@ from typing import Any
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LAST_CHUNK, LoggedControl
+from echo_ray.session.forking import Past, check_past
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.storage import sqlite_rows as rows
 from echo_ray.storage.local_snapshots import LocalSnapshots
@@ -57,11 +58,19 @@ class LocalDirectory:
             channel.close()
 
     def create(self, record: SessionRecord) -> None:
-        control_log.check_new(record)
+        self.restore(Past(record=record))
+
+    def restore(self, past: Past) -> None:
+        check_past(past)
+        record = past.record
         with self._durable.write() as db:
             if db.execute("SELECT 1 FROM sessions WHERE id = ?", (record.id,)).fetchone():
                 raise control_log.exists(record.id)
-            db.execute(rows.INSERT_SESSION, rows.session_values(record))
+            seq = db.execute(rows.INSERT_SESSION, rows.session_values(record)).lastrowid
+            controls = ((seq, e.event_id, e.chunk, e.prompt, None) for e in past.controls)
+            db.executemany(_INSERT_CONTROL, controls)
+            db.executemany(_INSERT_COMMIT, ((seq, n, d) for n, d in past.digests.items()))
+            db.executemany(_INSERT_SNAPSHOT, (_snapshot_row(seq, ref) for ref in past.snapshots))
 
     def get(self, session_id: str) -> SessionRecord:
         with self._reading.read() as db:
@@ -113,7 +122,7 @@ class LocalDirectory:
         with self._durable.write() as db:
             seq, record = _find(db, lease.session_id)
             _store(db, seq, control_log.committed(record, lease, index, fingerprint))
-            db.execute("INSERT INTO commits VALUES (?, ?, ?)", (seq, index, digest))
+            db.execute(_INSERT_COMMIT, (seq, index, digest))
             db.execute(
                 "DELETE FROM commits WHERE session = ? AND chunk <= ?", (seq, index - DIGESTS_KEPT)
             )
@@ -129,16 +138,14 @@ class LocalDirectory:
         self, session_id: str, event_id: str, prompt: str, *, at_chunk: int | None = None
     ) -> ControlEntry:
         sql = f"{_CONTROLS} WHERE session = ? AND event_id = ?"
-        insert = (
-            "INSERT INTO controls (session, event_id, chunk, prompt, asked) VALUES (?, ?, ?, ?, ?)"
-        )
         with self._durable.write() as db:
             seq, record = _find(db, session_id)
             row = db.execute(sql, (seq, event_id)).fetchone()
             earlier: LoggedControl | None = rows.control_from(row) if row else None
             logged = control_log.placed(record, event_id, prompt, at_chunk, earlier)
             if logged is not earlier:
-                db.execute(insert, (seq, event_id, logged.entry.chunk, prompt, at_chunk))
+                row = (seq, event_id, logged.entry.chunk, prompt, at_chunk)
+                db.execute(_INSERT_CONTROL, row)
             return logged.entry
 
     def controls(self, session_id: str, start: int = 0) -> Sequence[ControlEntry]:
@@ -149,17 +156,13 @@ class LocalDirectory:
             return [rows.control_from(row).entry for row in found]
 
     def add_snapshot(self, lease: Lease, ref: SnapshotRef) -> None:
-        insert = (
-            "INSERT INTO snapshots (session, id, chunk_index, pinned, body) VALUES (?, ?, ?, ?, ?)"
-        )
         with self._durable.write() as db:
             seq, record = _find(db, lease.session_id)
             earlier = _find_snapshot(db, seq, ref.id)
             kept = control_log.recorded_snapshot(record, lease, ref, earlier)
             # Taken out first: one that is recorded again counts as the newest of its point.
             db.execute("DELETE FROM snapshots WHERE session = ? AND id = ?", (seq, ref.id))
-            body = rows.snapshot_body(kept)
-            db.execute(insert, (seq, kept.id, kept.chunk_index, int(kept.pinned), body))
+            db.execute(_INSERT_SNAPSHOT, _snapshot_row(seq, kept))
 
     def snapshots(self, session_id: str) -> Sequence[SnapshotRef]:
         sql = f"{_SNAPSHOTS} WHERE session = ? ORDER BY chunk_index DESC, position DESC"
@@ -217,6 +220,13 @@ class LocalDirectory:
         return channel
 
 
+_INSERT_CONTROL = (
+    "INSERT INTO controls (session, event_id, chunk, prompt, asked) VALUES (?, ?, ?, ?, ?)"
+)
+_INSERT_COMMIT = "INSERT INTO commits (session, chunk, digest) VALUES (?, ?, ?)"
+_INSERT_SNAPSHOT = (
+    "INSERT INTO snapshots (session, id, chunk_index, pinned, body) VALUES (?, ?, ?, ?, ?)"
+)
 _CONTROLS = "SELECT event_id, chunk, prompt, asked FROM controls"
 _SNAPSHOTS = "SELECT body, pinned FROM snapshots"
 
@@ -237,6 +247,10 @@ def _find(db: sqlite3.Connection, session_id: str) -> tuple[int, SessionRecord]:
 def _find_snapshot(db: sqlite3.Connection, seq: int, snapshot_id: str) -> SnapshotRef | None:
     row = db.execute(f"{_SNAPSHOTS} WHERE session = ? AND id = ?", (seq, snapshot_id)).fetchone()
     return None if row is None else rows.snapshot_from(row)
+
+
+def _snapshot_row(seq: int | None, ref: SnapshotRef) -> tuple[Any, ...]:
+    return seq, ref.id, ref.chunk_index, int(ref.pinned), rows.snapshot_body(ref)
 
 
 def _store(db: sqlite3.Connection, seq: int, record: SessionRecord) -> None:

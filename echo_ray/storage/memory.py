@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from echo_ray.clock import Clock, SystemClock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
+from echo_ray.session.forking import Past, check_past
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
@@ -36,11 +37,21 @@ class MemoryDirectory:
         self._replicas: dict[str, ReplicaRecord] = {}
 
     def create(self, record: SessionRecord) -> None:
+        self.restore(Past(record=record))
+
+    def restore(self, past: Past) -> None:
+        check_past(past)
+        record = past.record
+        session = _Session(
+            replace(record, labels=dict(record.labels)),
+            log={entry.event_id: LoggedControl(entry, None) for entry in past.controls},
+            digests=dict(past.digests),
+            snapshots={ref.id: ref for ref in past.snapshots},
+        )
         with self._lock:
-            control_log.check_new(record)
             if record.id in self._sessions:
                 raise control_log.exists(record.id)
-            self._sessions[record.id] = _Session(replace(record, labels=dict(record.labels)))
+            self._sessions[record.id] = session
 
     def get(self, session_id: str) -> SessionRecord:
         with self._lock:

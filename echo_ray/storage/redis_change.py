@@ -19,6 +19,8 @@ from typing import Any, Generic, TypeVar
 
 from echo_ray.errors import StoreUnavailable
 from echo_ray.session import control_log
+from echo_ray.session.control_log import LoggedControl
+from echo_ray.session.forking import Past
 from echo_ray.session.records import SessionRecord
 from echo_ray.storage import redis_rows as rows
 from echo_ray.storage.redis_durability import Waits, check_safe
@@ -60,6 +62,8 @@ _TURN_MS = 250
 OVERTAKEN, DONE, OWN_TURN = range(3)
 """What the script answers."""
 _LONGEST_PAUSE_S = 0.05
+_PAIRS_AT_ONCE = 1000
+"""Of one write; Lua hands about 8,000 values on to a command at most."""
 
 
 @dataclass(slots=True)
@@ -183,3 +187,20 @@ class SessionKeys:
 
 def flat(fields: dict[str, str]) -> list[str]:
     return [part for pair in fields.items() for part in pair]
+
+
+def past_writes(past: Past) -> Iterator[Command]:
+    """The writes that give a new session its log, digests and snapshot references."""
+    entries = [LoggedControl(entry, None) for entry in past.controls]
+    log = [(e.entry.chunk, rows.entry_member(at, e)) for at, e in enumerate(entries)]
+    yield from _pairs("ZADD", LOG, log)
+    yield from _pairs("HSET", EVENTS, [(e.entry.event_id, e.entry.chunk) for e in entries])
+    yield from _pairs("HSET", COMMITS, list(past.digests.items()))
+    texts = [(ref.id, rows.snapshot_text(ref, at)) for at, ref in enumerate(past.snapshots)]
+    yield from _pairs("HSET", SNAPSHOTS, texts)
+
+
+def _pairs(verb: str, key: int, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Command]:
+    for at in range(0, len(pairs), _PAIRS_AT_ONCE):
+        batch = pairs[at : at + _PAIRS_AT_ONCE]
+        yield (verb, key, *(part for pair in batch for part in pair))

@@ -23,6 +23,7 @@ from dataclasses import replace
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
+from echo_ray.session.forking import Past, check_past
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.storage import redis_rows as rows
 from echo_ray.storage.redis_change import (
@@ -36,6 +37,7 @@ from echo_ray.storage.redis_change import (
     Change,
     SessionKeys,
     flat,
+    past_writes,
 )
 from echo_ray.storage.redis_durability import check_safe, check_server, waits_for
 from echo_ray.storage.redis_link import Command, RedisLink, RedisServer, Script
@@ -84,13 +86,18 @@ class RedisDirectory:
         self._link.close()
 
     def create(self, record: SessionRecord) -> None:
-        control_log.check_new(record)
+        self.restore(Past(record=record))
+
+    def restore(self, past: Past) -> None:
+        check_past(past)
+        record = past.record
         keys = self._sessions.all_of(record.id)
         named: Command = ("SADD", self._keys.sessions, record.id)
         _, seq = self._link.run(named, ("INCR", self._keys.created))
         version = secrets.token_hex(8)
-        fields = rows.session_fields(record) | {"seq": str(seq), "appended": "0", "recorded": "0"}
-        writes: list[Command] = [("HSET", SESSION, *flat(fields))]
+        counts = {"seq": seq, "appended": len(past.controls), "recorded": len(past.snapshots)}
+        fields = rows.session_fields(record) | {name: str(n) for name, n in counts.items()}
+        writes = [("HSET", SESSION, *flat(fields)), *past_writes(past)]
         if self._sessions.write(keys, "", version, writes, told=True) != DONE:
             (held,) = self._link.run(("HGET", keys[0], "version"))
             if held != version.encode():
