@@ -12,6 +12,10 @@ from echo_ray.training.loop import StepRandom
 
 OBJECT_DISTANCE = 0.5
 """Mean distance per channel, in standard deviations, beyond which a latent shows an object."""
+USUAL_SHARE = 0.2
+"""Of a frame's latents, how many usually belong to objects."""
+EVENLY = (0.5, 3.0)
+"""How much less or more each latent of large and small objects may count."""
 
 
 def find_objects(latents_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,9 +26,14 @@ def find_objects(latents_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def latent_weight(x0_BFCHW: Tensor, object_weight: float) -> Tensor:
-    """Weight [B, F, H, W] of each latent: how much more objects count than their background."""
+    """Weight [B, F, H, W] of each latent: how much more objects count than their background.
+
+    Small objects count more per latent than large ones, or their colour is learned last.
+    """
     objects, _ = find_objects(x0_BFCHW)
-    return 1 + (object_weight - 1) * objects.float()
+    share = objects.float().mean((2, 3), keepdim=True)
+    evenly = (USUAL_SHARE / share).clamp(*EVENLY)
+    return 1 + (object_weight - 1) * objects * evenly
 
 
 def with_noise(latents_BFCHW: Tensor, most: float, random: StepRandom) -> Tensor:

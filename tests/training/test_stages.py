@@ -17,7 +17,13 @@ from echo_ray.preset import Preset
 from echo_ray.training.bank import bank_digest, load_or_build, take
 from echo_ray.training.budget import Budget
 from echo_ray.training.codec_stage import CodecStage
-from echo_ray.training.context import draw_repeats, erase_objects, find_objects, find_returns
+from echo_ray.training.context import (
+    draw_repeats,
+    erase_objects,
+    find_objects,
+    find_returns,
+    latent_weight,
+)
 from echo_ray.training.export import write_weights
 from echo_ray.training.loop import Progress, Stage, run_stage, step_random
 from echo_ray.training.pretrain_stage import pick_clips
@@ -126,6 +132,16 @@ def test_objects_are_found_and_erased_from_some_pasts() -> None:
     assert not (changed & ~objects).any()
     assert 0.2 < float(changed[objects].float().mean()) < 0.6
     assert erased[changed[:, :, None].expand_as(erased)].unique().item() == pytest.approx(0.3)
+
+
+def test_small_objects_count_as_much_as_large_ones_within_bounds() -> None:
+    latents = torch.full((1, 4, 4, 8, 8), 0.3)
+    for frame, side in enumerate((2, 3, 5)):
+        latents[:, frame, :, :side, :side] = -2.0
+    (weight,) = latent_weight(latents, 4.0)
+    extra = (weight - 1).sum((1, 2)).tolist()
+    assert extra == pytest.approx([3 * 3 * 4, 3 * 0.2 * 64, 3 * 0.512 * 25, 0.0])
+    assert (weight[3] == 1).all(), "an empty frame is background"
 
 
 def test_hidden_chunks_are_drawn_out_in_half_of_the_cases() -> None:
