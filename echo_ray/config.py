@@ -84,6 +84,8 @@ class SessionSection:
     """A session without viewers goes on this long before `on_idle` applies."""
     sweep_s: float = 2.0
     """Routers look for sessions that nobody owns this often."""
+    drain_s: float = 20.0
+    """A replica that is to go away has its sessions moved within this time; the rest is parked."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,6 +95,7 @@ class SessionSection:
             "silence_s",
             "idle_grace_s",
             "sweep_s",
+            "drain_s",
         ):
             value = getattr(self, name)
             require(

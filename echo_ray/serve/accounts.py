@@ -128,3 +128,13 @@ class ProgressAccounts:
             size_bytes=size,
             seconds=seconds,
         )
+
+    def drain_began(self, reason: str, within_s: float, sessions: int) -> None:
+        """The replica is to go away and takes no sessions any more."""
+        self._telemetry.count("drains", reason=reason)
+        log(logging.INFO, "drain_began", reason=reason, within_s=within_s, sessions=sessions)
+
+    def drained(self, parked: int) -> None:
+        """No session is left; `parked` of them nobody had moved in time."""
+        self._telemetry.count("sessions_parked", parked)
+        log(logging.INFO, "drained", parked=parked)

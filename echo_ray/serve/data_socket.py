@@ -25,6 +25,7 @@ from echo_ray.serve.requests import answering, number, until
 from echo_ray.serve.segments import Encode
 from echo_ray.serve.telemetry import CONTENT_TYPE
 from echo_ray.session.chunk import Chunk
+from echo_ray.session.draining import Reason
 
 PREPARE_TIMEOUT_S = 60.0
 SEGMENT_TIMEOUT_S = 10.0
@@ -44,6 +45,7 @@ class DataSocket:
                 Route("/v1/own/{session_id}", answering(self._own), methods=["POST"]),
                 Route("/v1/prepare/{session_id}", answering(self._prepare), methods=["POST"]),
                 Route("/v1/segments/{session_id}/{n}", answering(self._segment)),
+                Route("/v1/drain", answering(self._drain), methods=["POST"]),
                 Route("/metrics", answering(self._metrics)),
                 Route("/healthz", answering(self._healthz)),
             ]
@@ -76,6 +78,12 @@ class DataSocket:
         runner = await self._in_thread(lambda: self._host.prepare(session_id))
         next_index = await until(runner, lambda _: runner.caught_up_index(), PREPARE_TIMEOUT_S)
         return JSONResponse({"next_index": next_index})
+
+    async def _drain(self, request: Request) -> Response:
+        within_ms = number("within_ms", request.query_params.get("within_ms"))
+        left_s = await self._in_thread(lambda: self._host.drain(Reason.ADMIN, within_ms / 1000))
+        state = self._host.record().state
+        return JSONResponse({"state": state, "deadline_s": left_s}, status_code=202)
 
     async def _segment(self, request: Request) -> Response:
         session_id, epoch = (

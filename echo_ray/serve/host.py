@@ -27,13 +27,15 @@ from echo_ray.serve.bench import Bench
 from echo_ray.serve.fetch import Fetcher
 from echo_ray.serve.lease_keeper import LeaseKeeper
 from echo_ray.serve.progress import Progress
+from echo_ray.serve.retention import make_newest_durable_soon
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.serve.stepper import Stepper, Work
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.serve.tier_accounts import TierAccounts
-from echo_ray.session import owner_events
+from echo_ray.session import draining, owner_events
 from echo_ray.session.capacity import free_slots
+from echo_ray.session.draining import Drain, Reason, Verdict
 from echo_ray.session.engine_port import Engine
 from echo_ray.session.lease import LeaseView
 from echo_ray.session.records import Lease, ReplicaRecord, SessionRecord, SessionState
@@ -41,6 +43,8 @@ from echo_ray.storage.interface import Directory, SnapshotStore
 
 ENGINE_STUCK_S = 30.0
 """An engine that is at one piece of work for this long is taken for hung."""
+LOOK_S = 0.1
+"""A replica that is being stopped looks this often whether others still take its sessions."""
 
 
 class SessionHost:
@@ -71,7 +75,9 @@ class SessionHost:
         self._accounts = ProgressAccounts(telemetry)
         self._changed = threading.Condition(threading.RLock())
         self._sessions: dict[str, tuple[SessionRunner, tuple[Work, ...]]] = {}
-        self._draining = False
+        self._drain: Drain | None = None
+        self._parked: list[str] = []
+        self._drained = False
         # One for callers, snapshots and reading back, one for the engine thread, and one for the
         # leases alone, so that nothing slow is ever in front of a renewal.
         self._directories = [open_directory() for _ in range(3)]
@@ -120,6 +126,7 @@ class SessionHost:
             runners=self.runners,
             drop=self._drop,
             record=self.record,
+            drain_on=self._drain_on,
             may_renew=self.healthy,
             accounts=self._accounts,
             telemetry=self.telemetry,
@@ -160,17 +167,18 @@ class SessionHost:
         """What this replica says of itself."""
         owned = [r for r in self.runners() if not r.shadow and r.ended is None]
         shape, measured = self.engine.shape, self._accounts.chunk_seconds
+        leaving = "drained" if self._drained else "draining"
         return ReplicaRecord(
             id=self.replica_id,
             node_id=self._node_id,
             pid=self._pid,
             address=self.address,
-            state="draining" if self._draining else "ready",
+            state="ready" if self._drain is None else leaving,
             model=shape.model,
             sessions=tuple(sorted(r.session_id for r in owned)),
             chunk_seconds=measured,
             free_slots=0
-            if self._draining
+            if self._drain is not None
             else free_slots(
                 chunk_seconds=measured,
                 chunk_s=shape.chunk_s,
@@ -240,7 +248,7 @@ class SessionHost:
             return runner
 
     def _check_room(self, session_id: str) -> None:
-        if self._draining:
+        if self._drain is not None:
             raise Draining(f"replica {self.replica_id!r} is draining and takes no sessions")
         limit = self.config.limits.sessions_per_replica
         others = [r for r in self.runners() if r.ended is None and r.session_id != session_id]
@@ -268,22 +276,81 @@ class SessionHost:
 
     # Giving up
 
-    def drain(self) -> None:
-        """Take no sessions any more, and give up those that are here at a chunk boundary."""
-        with self._changed:
-            self._draining = True
-        for runner in self.runners():
-            runner.apply(partial(owner_events.drained, replica_id=self.replica_id))
+    def drain(self, reason: Reason, within_s: float) -> float:
+        """Take no sessions any more; those that nobody moves `within_s` from now are given up.
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Give up every session, say goodbye, stop all threads, close the stores."""
-        self.drain()
-        deadline_s = self.clock.monotonic() + timeout_s
+        Asked again, the earliest deadline counts. Returns the seconds that are left.
+        """
         with self._changed:
-            while any(r.ended is None for r, _ in self._sessions.values()):
-                left_s = deadline_s - self.clock.monotonic()
-                if left_s <= 0 or not self._changed.wait(left_s):
+            now_s, began = self.clock.monotonic(), self._drain is None
+            self._drain = drain = draining.asked(self._drain, reason, now_s + within_s)
+        if began:
+            here = self._here()
+            self._accounts.drain_began(reason.value, within_s, len(here))
+            for runner in here:
+                if runner.shadow:
+                    runner.apply(partial(owner_events.drained, replica_id=self.replica_id))
+            self._make_durable([r.session_id for r in here if not r.shadow])
+        return max(0.0, drain.until_s - now_s)
+
+    def _here(self) -> list[SessionRunner]:
+        return [r for r in self.runners() if r.ended is None]
+
+    def _drain_on(self, takers: bool = True) -> None:
+        """Whatever follows by now from a drain, if there is one."""
+        with self._changed:
+            if self._drain is None or self._drained:
+                return
+            here, now_s = self._here(), self.clock.monotonic()
+            found = draining.verdict(self._drain, now_s, sessions=len(here), takers=takers)
+            if found is Verdict.WAIT:
+                return
+            if found is Verdict.GIVE_UP:
+                self._drain = draining.gave_up(self._drain, now_s)
+                self._parked = [r.session_id for r in here if not r.shadow]
+            else:
+                self._drained = True
+        if found is Verdict.GIVE_UP:
+            for runner in here:
+                runner.apply(partial(owner_events.drained, replica_id=self.replica_id))
+            return
+        self._make_durable(self._parked)
+        self._accounts.drained(len(self._parked))
+
+    def _make_durable(self, session_ids: list[str]) -> None:
+        """Let the newest snapshots of sessions be durable: they may rest on them for long."""
+        for session_id in session_ids:
+            try:
+                make_newest_durable_soon(self._directory, self._store, session_id)
+            except EchoError as error:
+                self._accounts.store_failed(session_id, "durable", error)
+
+    def _others_take(self) -> bool:
+        """Whether another replica takes sessions of this model; True if it cannot be known."""
+        model = self.engine.shape.model
+        try:
+            found = self._directory.replicas()
+        except EchoError:
+            return True
+        return any(
+            r.id != self.replica_id and r.state == "ready" and r.model in ("", model) for r in found
+        )
+
+    def leave(self, within_s: float, timeout_s: float = 5.0) -> None:
+        """Drain, then say goodbye, stop all threads, close the stores.
+
+        Waits for the sessions to be moved, `within_s` at most and only while somebody takes any,
+        and `timeout_s` more for the chunks and the snapshots of those that are given up.
+        """
+        self.drain(Reason.STOP, within_s)
+        while not self._drained:
+            self._drain_on(self._others_take())
+            with self._changed:
+                until_s = self._drain.until_s + timeout_s if self._drain else 0.0
+                left_s = until_s - self.clock.monotonic()
+                if self._drained or left_s <= 0:
                     break
+                self._changed.wait(min(left_s, LOOK_S))
         self.stop(timeout_s)
         try:
             self._directory.remove_replica(self.replica_id)

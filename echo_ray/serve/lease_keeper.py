@@ -33,6 +33,7 @@ class LeaseKeeper:
         runners: Callable[[], list[SessionRunner]],
         drop: Callable[[SessionRunner], None],
         record: Callable[[], ReplicaRecord],
+        drain_on: Callable[[], None],
         may_renew: Callable[[], bool],
         accounts: ProgressAccounts,
         telemetry: Telemetry,
@@ -46,6 +47,7 @@ class LeaseKeeper:
         self._runners = runners
         self._drop = drop
         self._record = record
+        self._drain_on = drain_on
         self._may_renew = may_renew
         self._accounts = accounts
         self._telemetry = telemetry
@@ -80,7 +82,7 @@ class LeaseKeeper:
             self._stopping.wait(max(0.0, self._renew_s - (self._clock.monotonic() - began_s)))
 
     def tick(self) -> None:
-        """One round: renew, expire, beat, let idle ones go."""
+        """One round: renew, expire, beat, let idle ones go, go on with a drain."""
         runners = self._runners()
         if self._may_renew():
             self._renew(runners)
@@ -91,6 +93,7 @@ class LeaseKeeper:
             runner.apply(partial(owner_events.idled, now_s=now_s, grace_s=self._grace_s))
             if runner.ended is not None:
                 self._drop(runner)
+        self._drain_on()
         self._gauges(runners)
 
     def _renew(self, runners: list[SessionRunner]) -> None:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from echo_ray import wire
-from echo_ray.errors import EchoError
+from echo_ray.errors import ConflictError, EchoError
 from echo_ray.serve.front import Front
 from echo_ray.serve.telemetry import log
 from echo_ray.session import moving
@@ -48,12 +48,23 @@ async def migrate(front: Front, session_id: str, to: str | None = None) -> Move:
                 log(logging.WARNING, "own_failed", session=session_id, reason=error.message)
             move = moving.failed(move, error)
     if move.failed is not None:
-        front.telemetry.count("migrations", outcome="failed")
+        overtaken = isinstance(move.failed, ConflictError)
+        front.telemetry.count("migrations", outcome="overtaken" if overtaken else "failed")
+        if overtaken:
+            await _tell_owner(front, session_id)
         raise move.failed
     front.telemetry.count("migrations", outcome="ok")
     front.relays.tell(session_id, wire.Migrated(owner=move.target.id, epoch=move.epoch))
     front.relays.poke(session_id)
     return Move(session_id, source, move.target.id, move.epoch, moved=True)
+
+
+async def _tell_owner(front: Front, session_id: str) -> None:
+    """Somebody else moved the session meanwhile: viewers here, too, hear where it went."""
+    record = await front.get(session_id)
+    if record.owner is not None:
+        front.relays.tell(session_id, wire.Migrated(owner=record.owner, epoch=record.epoch))
+        front.relays.poke(session_id)
 
 
 async def _step(front: Front, move: moving.Move) -> moving.Move:

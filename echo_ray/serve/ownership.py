@@ -92,10 +92,13 @@ class Owners:
         admit(replicas, model=model, pace=pace, cap=cap, pending=pending)
 
     async def plan_move(self, record: SessionRecord, to: str | None) -> Move | None:
-        """The move of a session as `moving.plan` has it, and refuses it."""
+        """The move of a session as `moving.plan` has it, and refuses it.
+
+        It counts against its target from here, so that several moves at once are spread.
+        """
         replicas = await asyncio.to_thread(self._directory.replicas)
         now_s = self._clock.monotonic()
-        return plan(
+        move = plan(
             record,
             replicas,
             to,
@@ -103,6 +106,9 @@ class Owners:
             suspects=self._memory.suspects(now_s),
             pending=self._memory.pending(replicas, now_s),
         )
+        if move is not None:
+            self._memory = locating.claimed(self._memory, record.id, move.target.id, now_s)
+        return move
 
     def is_owned(self, record: SessionRecord) -> bool:
         """Whether somebody holds a lease on the session that has not run out."""

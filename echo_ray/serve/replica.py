@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -17,8 +18,10 @@ from echo_ray.config import EchoConfig, ModelSection, from_mapping
 from echo_ray.errors import ConfigError, UnavailableError
 from echo_ray.serve.data_socket import DataSocket
 from echo_ray.serve.door import Door
+from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.host import SessionHost
 from echo_ray.serve.telemetry import Telemetry, log_as_json
+from echo_ray.session.draining import Reason
 from echo_ray.session.engine_port import Engine
 from echo_ray.storage.interface import Directory, SnapshotStore
 from echo_ray.storage.open import open_directory, open_snapshots
@@ -27,6 +30,8 @@ ENGINE = "echo_ray.engine.build:build_engine"
 WARM_UP_CHUNKS = 3
 CLOSE_S = 5.0
 """How long a replica that stops waits for its sessions' chunks and snapshots."""
+MARGIN_S = 3.0
+"""Between the end of a replica's own farewell and the moment it would be killed."""
 BuildEngine = Callable[[ModelSection], Engine]
 
 
@@ -74,6 +79,7 @@ class Generator:
         self._socket = DataSocket(self.host)
         self._door = Door(self._socket.app, ip)
         self.address = self._door.address
+        self._leaving = threading.Lock()
         self._closed = False
 
     def start(self) -> None:
@@ -86,14 +92,22 @@ class Generator:
         if not (self._door.alive and self.host.alive()):
             raise UnavailableError(f"replica {self.host.replica_id!r}: a thread is dead or hangs")
 
+    def leave(self, within_s: float, timeout_s: float = CLOSE_S) -> None:
+        """Have the sessions moved, give up the rest at a chunk boundary, then shut the door.
+
+        Whoever asks meanwhile waits for the end of it; asked again, nothing happens.
+        """
+        with self._leaving:
+            if self._closed:
+                return
+            self._closed = True
+            self.host.leave(within_s, timeout_s)
+            self._door.stop()
+            self._socket.close()
+
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Give every session up at a chunk boundary, then shut the door. Twice is once."""
-        if self._closed:
-            return
-        self._closed = True
-        self.host.close(timeout_s)
-        self._door.stop()
-        self._socket.close()
+        """Give every session up at a chunk boundary, then shut the door."""
+        self.leave(0.0, timeout_s)
 
     def abandon(self) -> None:
         """Stop without a word, as a process that dies: nothing is released."""
@@ -107,7 +121,7 @@ class Generator:
     ray_actor_options={"num_cpus": 1},
     health_check_period_s=1.0,
     health_check_timeout_s=3.0,
-    graceful_shutdown_timeout_s=CLOSE_S + 3,
+    graceful_shutdown_timeout_s=30.0,
     graceful_shutdown_wait_loop_s=0.2,
 )
 class GeneratorReplica:
@@ -123,10 +137,12 @@ class GeneratorReplica:
         settings = from_mapping(EchoConfig, config)
         clock = SystemClock()
         log_as_json()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._drain_s = settings.session.drain_s
         self._generator = Generator(
             settings,
             replica_id=serve.get_replica_context().replica_tag,
-            node_id=ray.get_runtime_context().get_node_id(),
+            node_id=node_id,
             ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             build_engine=engine_factory(engine),
             directory=lambda: open_directory(settings.storage, clock),
@@ -135,12 +151,27 @@ class GeneratorReplica:
             warm_up_chunks=warm_up_chunks,
         )
         self._generator.start()
+        self._watch = NodeWatch(node_id, self._node_drains, clock)
+        self._watch.start()
+        before_exit(partial(self._generator.leave, self._drain_s))
+
+    def _node_drains(self, left_s: float | None) -> None:
+        within_s = self._drain_s if left_s is None else within(left_s, left_s)
+        self._generator.host.drain(Reason.NODE, within_s)
 
     def check_health(self) -> None:
         """Called by Serve; raises when this replica should be replaced."""
         self._generator.check()
 
     def __del__(self) -> None:
+        # Not there if the constructor failed.
         generator = getattr(self, "_generator", None)
         if generator is not None:
-            generator.close(CLOSE_S)
+            generator.leave(within(self._drain_s, stop_budget_s()))
+
+
+def within(drain_s: float, killed_after_s: float | None) -> float:
+    """How long sessions may be moved by a replica that is killed after so many seconds."""
+    if killed_after_s is None:
+        return drain_s
+    return max(0.0, min(drain_s, killed_after_s - CLOSE_S - MARGIN_S))

@@ -17,6 +17,7 @@ from echo_ray.errors import ConfigError, UnavailableError
 from echo_ray.preset import load_preset
 from echo_ray.serve.api import build_api
 from echo_ray.serve.front import Front
+from echo_ray.serve.mover import Mover
 from echo_ray.serve.sweep import sweep_blobs_forever, sweep_forever
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.session.engine_port import stream_shape
@@ -74,6 +75,7 @@ class RouterService:
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._door]))
         self._sweeping = asyncio.create_task(sweep_forever(front, rng))
         self._sweeping_blobs = asyncio.create_task(sweep_blobs_forever(front, rng))
+        self._moving = asyncio.create_task(Mover(front, rng).run())
 
     @property
     def address(self) -> str:
@@ -87,6 +89,7 @@ class RouterService:
             "server": self._serving,
             "sweep": self._sweeping,
             "sweep of blobs": self._sweeping_blobs,
+            "mover": self._moving,
         }
         for name, task in parts.items():
             if task.done():
@@ -94,12 +97,12 @@ class RouterService:
 
     async def stop(self) -> None:
         """Send viewers elsewhere and close."""
-        sweeping = (self._sweeping, self._sweeping_blobs)
-        for task in sweeping:
+        tasks = (self._sweeping, self._sweeping_blobs, self._moving)
+        for task in tasks:
             task.cancel()
         await self.front.close()
         self._server.should_exit = True
-        await asyncio.gather(self._serving, *sweeping, return_exceptions=True)
+        await asyncio.gather(self._serving, *tasks, return_exceptions=True)
         self._door.close()
 
 

@@ -138,6 +138,8 @@ TABLE: tuple[MetricSpec, ...] = (
         _START_S,
     ),
     MetricSpec("migrations", "counter", "sessions", "Planned moves.", ("outcome",)),
+    MetricSpec("drains", "counter", "drains", "Drains of this replica begun.", ("reason",)),
+    MetricSpec("sessions_parked", "counter", "sessions", "Given up by a drain, not moved in time."),
     MetricSpec("requests", "counter", "requests", "HTTP requests.", ("route", "status")),
     MetricSpec(
         "admission_rejections", "counter", "requests", "Sessions not admitted.", ("reason",)

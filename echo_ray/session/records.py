@@ -103,7 +103,7 @@ class ReplicaRecord:
     address: str
     """`host:port` of the replica's own data socket."""
     state: str = "ready"
-    """ready or draining."""
+    """ready, draining, or drained once no session is left."""
     model: str = ""
     sessions: tuple[str, ...] = ()
     chunk_seconds: float = 0.0
