@@ -1,0 +1,414 @@
+"""Draining a replica, with routers before replicas of a fake engine: every session moves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+from fakes import FakeClock, FakeEngine, undisturbed
+from replicas import Replicas, eventually
+
+from echo_ray import wire
+from echo_ray.client import EchoClient, Segment
+from echo_ray.config import HttpSection
+from echo_ray.errors import EngineError, StoreUnavailable
+from echo_ray.serve.drain import NodeWatch
+from echo_ray.serve.front import Front
+from echo_ray.serve.replica import within
+from echo_ray.serve.router_service import RouterService
+from echo_ray.serve.telemetry import Telemetry
+from echo_ray.session.draining import Reason
+from echo_ray.session.records import OnIdle, SessionState
+from echo_ray.session.snapshot import Snapshot
+
+PROMPT = "a red circle"
+COUNT = 20
+
+
+@dataclass
+class Rig:
+    """Replicas, and routers with a client each."""
+
+    replicas: Replicas
+    routers: list[RouterService] = field(default_factory=list)
+    clients: list[EchoClient] = field(default_factory=list)
+
+    def router(self) -> EchoClient:
+        rng = random.Random(len(self.routers))
+        front = Front(
+            config=replace(self.replicas.config, http=HttpSection(port=0)),
+            shape=FakeEngine().shape,
+            directory=self.replicas.directory,
+            snapshots=self.replicas.snapshots,
+            clock=self.replicas.clock,
+            telemetry=Telemetry(),
+            rng=rng,
+        )
+        self.routers.append(RouterService(front, rng))
+        self.clients.append(EchoClient(f"http://{self.routers[-1].address}"))
+        return self.clients[-1]
+
+    async def drain(self, name: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        url = f"http://{self.routers[0].address}/v1/admin/replicas/{name}/drain"
+        async with httpx.AsyncClient() as http:
+            return await http.post(url, json=body)
+
+    def owner(self, session_id: str) -> str | None:
+        return self.replicas.directory.get(session_id).owner
+
+    def state(self, name: str) -> str | None:
+        found = {r.id: r.state for r in self.replicas.directory.replicas()}
+        return found.get(name)
+
+    def counted(self, series: str, **labels: str) -> float:
+        fronts = [router.front for router in self.routers]
+        return sum(front.telemetry.value(series, **labels) for front in fronts)
+
+
+def run(test: Callable[[Rig], Awaitable[None]], **session: Any) -> None:
+    async def whole(replicas: Replicas) -> None:
+        rig = Rig(replicas)
+        try:
+            async with asyncio.timeout(50):
+                rig.router()
+                await test(rig)
+        finally:
+            for client in rig.clients:
+                await client.close()
+            for router in rig.routers:
+                await router.stop()
+
+    with Replicas(**session) as replicas:
+        asyncio.run(whole(replicas))
+
+
+@dataclass
+class Seen:
+    """What one viewer got, and when."""
+
+    segments: list[Segment] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+    messages: list[wire.Message] = field(default_factory=list)
+
+    def exact(self, seed: int) -> None:
+        """Each index once, in order, each as an undisturbed run makes it; nothing marked."""
+        assert [s.index for s in self.segments] == list(range(COUNT))
+        digests = undisturbed(FakeEngine(), PROMPT, seed, COUNT, {})
+        assert [s.metadata.digest for s in self.segments] == digests
+        assert not any(s.metadata.discontinuity for s in self.segments)
+
+    def told(self, *kinds: type[wire.Message]) -> list[wire.Message]:
+        return [m for m in self.messages if isinstance(m, kinds)]
+
+
+async def view(
+    client: EchoClient,
+    session_id: str,
+    at: dict[int, Callable[[], Awaitable[Any]]] | None = None,
+) -> Seen:
+    """Watch `COUNT` segments; `at`: what to do after a segment."""
+    seen = Seen()
+    async with aclosing(client.segments(session_id, start=0, on_message=seen.messages.append)) as s:
+        async for segment in s:
+            seen.segments.append(segment)
+            seen.at_s.append(time.monotonic())
+            if at and segment.index in at:
+                await at[segment.index]()
+            if len(seen.segments) == COUNT:
+                return seen
+    return seen
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    assert await asyncio.to_thread(eventually, condition)
+
+
+def test_every_watched_session_moves_and_nobody_sees_it() -> None:
+    async def test(rig: Rig) -> None:
+        a = rig.replicas.start("a")
+        client = rig.clients[0]
+        made = [(await client.create(PROMPT, seed=n))["id"] for n in range(3)]
+        answers: list[httpx.Response] = []
+
+        async def drain() -> None:
+            rig.replicas.start("b")
+            answers.append(await rig.drain("a"))
+
+        views = [view(client, sid, {5: drain} if n == 0 else None) for n, sid in enumerate(made)]
+        for n, seen in enumerate(await asyncio.gather(*views)):
+            seen.exact(n)
+            assert max(y - x for x, y in zip(seen.at_s, seen.at_s[1:], strict=False)) < 2.0
+            told = seen.told(wire.Migrating, wire.Migrated)
+            assert told == [wire.Migrating(to="b"), wire.Migrated(owner="b", epoch=2)]
+        assert [rig.owner(sid) for sid in made] == ["b"] * 3
+        (answer,) = answers
+        assert answer.status_code == 202
+        body = answer.json()
+        assert (body["id"], body["state"]) == ("a", "draining")
+        assert set(body["sessions"]) == set(made)
+        assert 19 < body["deadline_s"] <= 20
+        assert rig.counted("echo_ray_migrations_total", outcome="ok") == 3
+        for cause in ("broken", "silent", "drain", "fenced"):
+            assert rig.counted("echo_ray_failovers_total", cause=cause) == 0
+        await until(lambda: rig.state("a") == "drained")
+        assert a.telemetry.value("echo_ray_drains_total", reason="admin") == 1
+
+    run(test)
+
+
+def test_of_two_routers_one_moves_a_session_and_the_viewers_of_both_hear_of_it() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replicas.start("a")
+        other = rig.router()
+        sid = (await rig.clients[0].create(PROMPT, seed=3))["id"]
+
+        async def drain() -> None:
+            rig.replicas.start("b", FakeEngine(delay_s=0.02))
+            await rig.drain("a")
+
+        seen = await asyncio.gather(view(rig.clients[0], sid, {6: drain}), view(other, sid))
+        for one in seen:
+            one.exact(3)
+        heard = [one.told(wire.Migrated) for one in seen]
+        assert [wire.Migrated(owner="b", epoch=2)] in heard
+        assert all(found in ([], [wire.Migrated(owner="b", epoch=2)]) for found in heard)
+        assert rig.replicas.directory.get(sid).epoch == 2
+
+    run(test)
+
+
+def test_sessions_without_viewers_move_too() -> None:
+    async def test(rig: Rig) -> None:
+        a = rig.replicas.start("a")
+        rig.replicas.session(on_idle=OnIdle.CONTINUE)
+        a.host.own("s1", rig.replicas.claim(a))
+        await until(lambda: rig.replicas.directory.get("s1").next_index > 3)
+        rig.replicas.start("b")
+        assert (await rig.drain("a")).status_code == 202
+        await until(lambda: rig.owner("s1") == "b")
+        await until(lambda: rig.state("a") == "drained")
+
+    run(test)
+
+
+def test_without_room_anywhere_a_session_is_parked_and_goes_on_when_a_replica_comes() -> None:
+    async def test(rig: Rig) -> None:
+        a = rig.replicas.start("a")
+        client = rig.clients[0]
+        sid = (await client.create(PROMPT, seed=4))["id"]
+        stands: list[tuple[str | None, SessionState]] = []
+
+        async def drain() -> None:
+            await rig.drain("a", {"deadline_s": 1.0})
+
+        async def come() -> None:
+            await until(lambda: rig.state("a") == "drained")
+            record = rig.replicas.directory.get(sid)
+            stands.append((record.owner, record.state))
+            await asyncio.sleep(1.5)
+            rig.replicas.start("b")
+
+        seen, _ = await asyncio.gather(view(client, sid, {6: drain}), come())
+        seen.exact(4)
+        assert stands == [(None, SessionState.LIVE)]
+        (told,) = seen.told(wire.ErrorMessage)
+        assert isinstance(told, wire.ErrorMessage)
+        assert (told.code, told.retryable) == ("no_replica", True)
+        assert a.telemetry.value("echo_ray_sessions_parked_total") == 1
+        assert rig.owner(sid) == "b"
+
+    run(test)
+
+
+def test_a_deadline_that_is_too_short_tears_nothing() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replicas.start("a")
+        client = rig.clients[0]
+        sid = (await client.create(PROMPT, seed=5))["id"]
+
+        async def drain() -> None:
+            rig.replicas.start("b")
+            await rig.drain("a", {"deadline_s": 0})
+
+        (await view(client, sid, {9: drain})).exact(5)
+        assert rig.owner(sid) == "b"
+        await until(lambda: rig.state("a") == "drained")
+
+    run(test)
+
+
+class Broken(FakeEngine):
+    """A device that begins nothing."""
+
+    def open(self, prompt: str, seed: int, first_frames: bytes = b"") -> Any:
+        raise EngineError("no memory left")
+
+    def load(self, snapshot: Snapshot) -> Any:
+        raise EngineError("no memory left")
+
+
+def test_a_target_that_cannot_take_a_session_leaves_it_where_it_is_until_another_can() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replicas.start("a")
+        client = rig.clients[0]
+        sid = (await client.create(PROMPT, seed=6))["id"]
+        broken = rig.replicas.start("b", Broken())
+
+        async def drain() -> None:
+            await rig.drain("a")
+
+        async def free() -> None:
+            failed = lambda: rig.counted("echo_ray_migrations_total", outcome="failed") > 0  # noqa: E731
+            await until(failed)
+            assert rig.owner(sid) == "a"
+            rig.replicas.crash(broken)
+            rig.replicas.start("c")
+
+        seen, _ = await asyncio.gather(view(client, sid, {2: drain}), free())
+        seen.exact(6)
+        assert rig.owner(sid) == "c"
+
+    run(test)
+
+
+def test_a_replica_that_is_stopped_leaves_when_its_sessions_have_moved() -> None:
+    async def test(rig: Rig) -> None:
+        a = rig.replicas.start("a")
+        client = rig.clients[0]
+        sid = (await client.create(PROMPT, seed=7))["id"]
+        took_s: list[float] = []
+
+        async def stop() -> None:
+            rig.replicas.start("b")
+            began_s = time.monotonic()
+            leaving = asyncio.create_task(asyncio.to_thread(a.leave, 30.0))
+            leaving.add_done_callback(lambda _: took_s.append(time.monotonic() - began_s))
+
+        seen = await view(client, sid, {5: stop})
+        seen.exact(7)
+        assert seen.told(wire.Migrated) == [wire.Migrated(owner="b", epoch=2)]
+        await until(lambda: bool(took_s))
+        assert took_s[0] < 20
+        assert rig.state("a") is None
+
+    run(test)
+
+
+def test_a_stop_waits_for_nobody_where_no_other_replica_takes_sessions() -> None:
+    with Replicas() as replicas:
+        a, b = replicas.start("a"), replicas.start("b")
+        b.host.drain(Reason.ADMIN, 60.0)
+        assert eventually(lambda: replicas.directory.replicas()[1].state == "drained")
+        replicas.session(on_idle=OnIdle.CONTINUE)
+        a.host.own("s1", replicas.claim(a))
+        assert eventually(lambda: replicas.directory.get("s1").next_index > 3)
+        began_s = time.monotonic()
+        a.leave(60.0)
+        assert time.monotonic() - began_s < 20
+        assert replicas.directory.get("s1").owner is None
+        a.leave(60.0)
+
+
+def test_a_store_that_cannot_say_who_lives_does_not_end_the_wait() -> None:
+    with Replicas() as replicas:
+        a = replicas.start("a")
+        assert not a.host._others_take()
+        a.host._directory = Failing()
+        assert a.host._others_take()
+
+
+class Failing:
+    def replicas(self) -> list[Any]:
+        raise StoreUnavailable("gone")
+
+
+def test_a_draining_replica_lets_nothing_in_and_forgets_what_it_only_followed() -> None:
+    with Replicas() as replicas:
+        a, b = replicas.start("a"), replicas.start("b")
+        replicas.session()
+        replicas.session("s2")
+        a.host.own("s1", replicas.claim(a))
+        b.host.prepare("s1")
+        b.host.drain(Reason.ADMIN, 60.0)
+        assert eventually(lambda: b.host.runners() == [])
+        epoch = replicas.claim(b, "s2")
+        with httpx.Client(base_url=f"http://{b.address}") as http:
+            answer = http.post("/v1/own/s2", params={"epoch": epoch})
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "draining"
+            assert http.post("/v1/drain").status_code == 400
+            assert http.post("/v1/drain?within_ms=-1").json()["error"]["param"] == "within_ms"
+
+
+def test_what_the_route_refuses() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replicas.start("a")
+        unknown = await rig.drain("x")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "replica_not_found")
+        assert "live: a" in unknown.json()["error"]["message"]
+        for body in ({"deadline_s": -1}, {"deadline_s": 86401}, {"deadline_s": "1"}, {"when": 1}):
+            answer = await rig.drain("a", body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+        assert rig.state("a") == "ready"
+        first = await rig.drain("a", {"deadline_s": 50})
+        again = await rig.drain("a", {"deadline_s": 40})
+        later = await rig.drain("a", {"deadline_s": 60})
+        assert [r.status_code for r in (first, again, later)] == [202] * 3
+        left = [r.json()["deadline_s"] for r in (first, again, later)]
+        assert 49 < left[0] <= 50
+        assert 39 < left[2] <= left[1] <= 40
+
+    run(test)
+
+
+# What Ray tells
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "killed_after_s", "expected"),
+    [
+        (20.0, None, 20.0),
+        (20.0, 60.0, 20.0),
+        (20.0, 30.0, 20.0),
+        (20.0, 15.0, 7.0),
+        (20.0, 2.0, 0.0),
+    ],
+)
+def test_sessions_are_moved_no_longer_than_there_is_time(
+    drain_s: float, killed_after_s: float | None, expected: float
+) -> None:
+    assert within(drain_s, killed_after_s) == expected
+
+
+def test_a_node_that_drains_is_told_once_with_the_time_that_is_left() -> None:
+    nodes: dict[str, int] = {}
+    told: list[float | None] = []
+    clock = FakeClock(wall=1000.0)
+    watch = NodeWatch("me", told.append, clock, nodes=lambda: nodes)
+    assert not watch.look()
+    nodes["other"] = 1
+    assert not watch.look()
+    nodes["me"] = 1_030_000
+    assert watch.look()
+    nodes["me"] = 0
+    assert watch.look()
+    nodes["me"] = 999_000
+    assert watch.look()
+    assert told == [30.0, None, 0.0]
+
+
+def test_a_ray_that_cannot_say_is_found_at_the_start_and_costs_nothing() -> None:
+    def missing() -> dict[str, int]:
+        raise AttributeError("get_draining_nodes")
+
+    watch = NodeWatch("me", lambda _: None, FakeClock(), nodes=missing)
+    watch.start()
+    assert not watch._thread.is_alive()
+    assert not watch.look()
