@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray bench demo parity train check clean
+.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray bench demo parity train chaos check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ parity: $(STAMP) ## compare the engine with the numbers of the reference (DIR=fo
 
 train: $(STAMP) ## train echo-tiny from nothing, or on from where it was (CPU, hours)
 	$(BIN)/echo-ray train --config codec pretrain fewstep streaming --out runs/echo-tiny --resume
+
+chaos: $(STAMP) ## random faults against a real cluster, nothing lost (SEED= FAULTS= ENGINE=tiny OUT=folder)
+	PYTHONPATH=tests $(BIN)/python -m chaos $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS)) $(if $(ENGINE),--engine $(ENGINE)) $(if $(OUT),--out $(OUT))
 
 check: test ## the same as test
 
