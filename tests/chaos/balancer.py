@@ -90,7 +90,7 @@ class Balancer:
             # The balancer closes; asyncio's own callback cannot bear a cancelled task.
             pass
         finally:
-            writer.transport.abort()
+            writer.close()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for door in sorted(self._doors.values(), key=lambda d: len(d.connections)):
@@ -106,7 +106,7 @@ class Balancer:
                 await _carry(reader, writer, there, back)
             finally:
                 door.connections -= {writer, back}
-                back.transport.abort()
+                back.close()
             return
 
     def _keep(self, work: object) -> None:
@@ -134,8 +134,6 @@ async def _carry(
     ways = [asyncio.create_task(_pump(reader, back)), asyncio.create_task(_pump(there, writer))]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        # What the other side has sent already still arrives.
-        await asyncio.wait(ways, timeout=0.2)
     finally:
         for way in ways:
             way.cancel()
@@ -147,4 +145,3 @@ async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
         while piece := await source.read(PIECE):
             target.write(piece)
             await target.drain()
-        target.write_eof()

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psutil
@@ -52,6 +53,8 @@ class Fault:
     lasted_s: float = 0.0
     healed_s: float = 0.0
     """From the fault until enough lived for the next one, the quiet time included."""
+    clock: str = ""
+    """When it was, as the logs write it."""
 
 
 def draw(rng: random.Random, count: int, *, cables: bool) -> list[str]:
@@ -95,6 +98,8 @@ class Trouble:
         fault = Fault(kind, "", time.monotonic())
         await acts[kind](fault)
         fault.lasted_s = time.monotonic() - fault.at
+        began = datetime.now(UTC) - timedelta(seconds=fault.lasted_s)
+        fault.clock = began.isoformat(timespec="milliseconds")
         await asyncio.sleep(self.rng.uniform(*QUIET_S))
         await self.healed()
         fault.healed_s = time.monotonic() - fault.at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,8 @@ from echo_ray.session.engine_port import StreamShape
 
 BUFFER_S = 2.0
 UNDISTURBED = "undisturbed"
+OVERDUE_S = 0.6
+"""A viewer that has waited so long for a segment is not to be blamed on the next fault."""
 GOALS_S = {"replica killed": 1.0, "node killed": 1.0, "replica hung": 2.0, "router hung": 2.0}
 """Longest wait for the next frame. A planned migration is to stall nobody."""
 SEAMLESS = "planned migration"
@@ -41,7 +43,6 @@ class Window:
     """From one fault to the next: what viewers met in it."""
 
     fault: Fault
-    until: float
     wait_s: float = 0.0
     """The longest that any viewer waited for a segment, from the fault on."""
     stalls: int = 0
@@ -82,29 +83,28 @@ def losses(viewing: Viewing, truth: Sequence[str], last: int) -> Losses:
     )
 
 
-def waits(viewing: Viewing, window: Window) -> float:
-    """The longest wait for a segment that began in the window, counted from its fault at most."""
-    return max(
-        (
-            after - max(before, window.fault.at)
-            for before, after in pairwise(viewing.arrivals)
-            if after > window.fault.at and before < window.until
-        ),
-        default=0.0,
-    )
+def waits(windows: Sequence[Window], viewing: Viewing) -> Iterator[tuple[Window, float]]:
+    """Every wait for a segment, with the window that is to blame, counted from its fault at most.
+
+    To blame is the last fault before the segment came, unless it had been overdue by then already.
+    """
+    for before, after in pairwise(viewing.arrivals):
+        for window in reversed(windows):
+            if window.fault.at < after and window.fault.at - before < OVERDUE_S:
+                yield window, after - max(before, window.fault.at)
+                break
+        else:
+            yield windows[0], 0.0
 
 
-def stalls(viewing: Viewing, shape: StreamShape) -> list[tuple[float, float]]:
-    """(when, seconds) that playout stood still, had it begun `BUFFER_S` after the first segment."""
-    if not viewing.arrivals:
-        return []
-    begin, found = viewing.arrivals[0] + BUFFER_S, []
+def stalls(viewing: Viewing, shape: StreamShape) -> list[float]:
+    """By segment: how long playout stood still for it, had it begun `BUFFER_S` after the first."""
+    begin, stood = viewing.arrivals[0] + BUFFER_S if viewing.arrivals else 0.0, []
     for index, arrival in zip(viewing.indices, viewing.arrivals, strict=True):
-        late = arrival - (begin + shape.start_s(index))
-        if late > 0:
-            begin += late
-            found.append((arrival, late))
-    return found
+        late = max(0.0, arrival - (begin + shape.start_s(index)))
+        begin += late
+        stood.append(late)
+    return stood
 
 
 def examine(findings: Findings, shows: Sequence[Show], shape: StreamShape, engine: Any) -> None:
@@ -128,12 +128,11 @@ def examine(findings: Findings, shows: Sequence[Show], shape: StreamShape, engin
 
 
 def _place(windows: Sequence[Window], viewing: Viewing, shape: StreamShape) -> None:
-    for window in windows:
-        window.wait_s = max(window.wait_s, waits(viewing, window))
-    for when, seconds in stalls(viewing, shape):
-        window = next((w for w in windows if w.fault.at <= when < w.until), windows[-1])
-        window.stalls += 1
-        window.stall_s += seconds
+    stood = stalls(viewing, shape)[1:]
+    for (window, waited), late in zip(waits(windows, viewing), stood, strict=True):
+        window.wait_s = max(window.wait_s, waited)
+        window.stalls += late > 0
+        window.stall_s += late
 
 
 # Shown
@@ -221,7 +220,6 @@ def write(findings: Findings, out: Path) -> None:
     plain = asdict(findings)
     for window in plain["windows"]:
         window["fault"]["at"] = round(window["fault"]["at"] - began, 3)
-        window["until"] = round(window["until"] - began, 3)
     (out / "chaos.json").write_text(json.dumps(plain, indent=1) + "\n")
     (out / "chaos.md").write_text(markdown(findings))
 

@@ -89,7 +89,6 @@ class Run:
             audience.end()
             await playing
         lag.cancel()
-        self._findings.windows[-1].until = time.monotonic()
         self._findings.notes += trouble.notes
         balancer.close()
         return audience
@@ -110,7 +109,8 @@ class Run:
         fault = await trouble.make(kind)
         window = self._close(fault)
         views = [v for s in audience.shows for v in s.viewings]
-        waited = max((waits(v, window) for v in views), default=0.0)
+        blamed = [s for v in views for w, s in waits(self._findings.windows, v) if w is window]
+        waited = max(blamed, default=0.0)
         gone = time.monotonic() - self._began
         left = gone / number * (self._wish.faults - number)
         say(
@@ -120,9 +120,7 @@ class Run:
         )
 
     def _close(self, fault: Fault) -> Window:
-        window = Window(fault, time.monotonic(), lag_s=self._lag_s)
-        if self._findings.windows:
-            self._findings.windows[-1].until = fault.at
+        window = Window(fault, lag_s=self._lag_s)
         self._findings.windows.append(window)
         self._lag_s = 0.0
         return window

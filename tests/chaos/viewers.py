@@ -24,7 +24,7 @@ COLOURS = ("red", "green", "blue", "yellow", "white")
 SHAPES = ("ball", "square", "triangle")
 LIFE_S = (60.0, 120.0)
 SWITCH_S = (4.0, 20.0)
-LATE_S = 8.0
+LATE_S = 5.0
 """A second viewer begins at chunk 0 at most so long after the first."""
 ASK_LIMIT_S = 90.0
 END_LIMIT_S = 60.0
@@ -65,7 +65,7 @@ class Show:
     def truth(self, engine: Engine) -> list[str]:
         """Digests of a run that nothing ever happens to."""
         state = engine.open(self.prompt, self.seed)
-        count = max((len(v.indices) for v in self.viewings), default=0)
+        count = 1 + max((max(v.indices, default=-1) for v in self.viewings), default=-1)
         return [engine.step(state, self.switches.get(n, ())).digest for n in range(count)]
 
 
