@@ -29,13 +29,15 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from echo_ray import wire
-from echo_ray.errors import ClipInvalid, EchoError, MessageError, UnavailableError
+from echo_ray.errors import ArchiveError, ClipInvalid, EchoError, MessageError, UnavailableError
 
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 3.0
 CLIP_TIMEOUT_S = 150.0
 """A service looks at a whole clip before it answers."""
+COPY_TIMEOUT_S = 660.0
+"""A service waits so long for an archive on its way, and copies before it answers."""
 CLOSE_TIMEOUT_S = 0.5
 """Leaving early, with segments on their way that nobody will read, waits no longer."""
 
@@ -100,18 +102,11 @@ class EchoClient:
         `clip`: an MP4, PNG or JPEG, or the file that holds it. It becomes the first chunks, and
         the session continues it.
         """
-        wish = {
-            "prompt": prompt,
-            "seed": seed,
-            "model": model,
-            "pace": pace,
-            "on_idle": on_idle,
-            "labels": dict(labels) if labels is not None else None,
-        }
-        body = {k: v for k, v in wish.items() if v is not None}
+        wish = {"seed": seed, "model": model, "pace": pace, "on_idle": on_idle, "labels": labels}
+        body = {"prompt": prompt, **_given(wish)}
         if clip is None:
             return await self._call("POST", "/v1/sessions", body)
-        data = await asyncio.to_thread(_read, clip) if isinstance(clip, Path) else clip
+        data = await _bytes(clip, ClipInvalid)
         parts = {"session": (None, json.dumps(body)), "clip": ("clip", data)}
         return _object(await self._ask("POST", "/v1/sessions", files=parts, timeout=CLIP_TIMEOUT_S))
 
@@ -131,6 +126,47 @@ class EchoClient:
     async def resume(self, session_id: str) -> dict[str, Any]:
         return await self._call("POST", _path(session_id, "/resume"))
 
+    async def fork(
+        self,
+        session_id: str,
+        chunk: int | None = None,
+        *,
+        prompt: str | None = None,
+        pace: str | None = None,
+        on_idle: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """A new session with the same past up to `chunk` (or now), under `prompt` from there on."""
+        wish = {"chunk": chunk, "prompt": prompt, "pace": pace, "on_idle": on_idle}
+        body = _given({**wish, "labels": labels})
+        return await self._copy(_path(session_id, "/fork"), json=body)
+
+    async def rewind(self, session_id: str, chunk: int) -> dict[str, Any]:
+        """A fork at an earlier chunk that takes the session's place; the old one is closed."""
+        return await self._copy(_path(session_id, "/rewind"), json={"chunk": chunk})
+
+    async def export(self, session_id: str, file: Path) -> int:
+        """Write the session to a file that `import_` reads; returns its size in bytes.
+
+        The file is there when it is whole. Raises `ArchiveError` if it cannot be written.
+        """
+        part = file.with_name(file.name + ".part")
+        try:
+            size = await self._download(_path(session_id, "/export"), part)
+            await asyncio.to_thread(part.replace, file)
+        except OSError as e:
+            raise ArchiveError(f"{file}: cannot be written: {e.strerror or e}") from e
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return size
+
+    async def import_(self, archive: bytes | Path) -> dict[str, Any]:
+        """A new session that goes on where an exported one stood; the archive, or its file."""
+        data = await _bytes(archive, ArchiveError)
+        headers = {"Content-Type": "application/octet-stream"}
+        return await self._copy("/v1/sessions/import", content=data, headers=headers)
+
     async def send_event(
         self,
         session_id: str,
@@ -140,12 +176,8 @@ class EchoClient:
         at_chunk: int | None = None,
     ) -> int:
         """Switch the prompt; returns the chunk where it takes effect, once that is durable."""
-        body: dict[str, Any] = {
-            "event_id": event_id or secrets.token_hex(16),
-            "event": {"prompt": prompt},
-        }
-        if at_chunk is not None:
-            body["at_chunk"] = at_chunk
+        body = {"event_id": event_id or secrets.token_hex(16), "event": {"prompt": prompt}}
+        body |= _given({"at_chunk": at_chunk})
         answer = await self._call("POST", _path(session_id, "/events"), body)
         return int(answer["effective_chunk"])
 
@@ -234,6 +266,22 @@ class EchoClient:
     async def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         return _object(await self._ask(method, path, json=body))
 
+    async def _copy(self, path: str, **given: Any) -> dict[str, Any]:
+        return _object(await self._ask("POST", path, timeout=COPY_TIMEOUT_S, **given))
+
+    async def _download(self, path: str, file: Path) -> int:
+        try:
+            async with self._http.stream("GET", path, timeout=COPY_TIMEOUT_S) as answer:
+                if answer.is_error:
+                    await answer.aread()
+                    raise _refusal(answer)
+                with await asyncio.to_thread(file.open, "wb") as written:
+                    async for piece in answer.aiter_bytes():
+                        await asyncio.to_thread(written.write, piece)
+                    return written.tell()
+        except httpx.HTTPError as e:
+            raise UnavailableError(f"{self._url}: the answer broke off: {e!r}") from e
+
     async def _ask(self, method: str, path: str, **given: Any) -> httpx.Response:
         try:
             answer = await self._http.request(method, path, **given)
@@ -307,11 +355,19 @@ def _worth_a_retry(error: Exception, refusal: EchoError | None) -> bool:
     return refusal.retryable or code not in (1008, 1009)
 
 
-def _read(file: Path) -> bytes:
+def _given(wish: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that were given, in JSON's types."""
+    plain = {k: dict(v) if isinstance(v, Mapping) else v for k, v in wish.items()}
+    return {k: v for k, v in plain.items() if v is not None}
+
+
+async def _bytes(data: bytes | Path, refusal: type[EchoError]) -> bytes:
+    if isinstance(data, bytes):
+        return data
     try:
-        return file.read_bytes()
+        return await asyncio.to_thread(data.read_bytes)
     except OSError as e:
-        raise ClipInvalid(f"{file}: cannot be read: {e.strerror or e}", param="clip") from e
+        raise refusal(f"{data}: cannot be read: {e.strerror or e}; name another file") from e
 
 
 def _object(answer: httpx.Response) -> dict[str, Any]:

@@ -22,6 +22,7 @@
     │   ├── ChunkSealed        chunk_already_generated 409 1008   at_chunk lies in the past
     │   └── Fenced             fenced                 409  4001   a newer epoch owns the session
     ├── SegmentExpired         segment_expired        410  1008   older than the retention
+    ├── ChunkUnreachable       chunk_unreachable      410  1008   no snapshot leads there any more
     ├── ClipLost               clip_lost              410  1008   a session's clip is gone
     ├── CapacityError          capacity_exhausted     429  1013   retry later
     │   └── ViewerTooSlow      viewer_too_slow        429  1013   fell behind the retention
@@ -36,6 +37,12 @@
     │   ├── SnapshotCorrupt    snapshot_corrupt       400  1008   a checksum or a key does not fit
     │   ├── SnapshotForeign    snapshot_foreign       400  1008   not ours, or of another model
     │   └── SnapshotVersion    snapshot_version       400  1008   written by a newer release
+    ├── ArchiveError           archive_invalid        400  1008   an exported session
+    │   ├── ArchiveTruncated   archive_truncated      400  1008
+    │   ├── ArchiveCorrupt     archive_corrupt        400  1008   checksum or part does not fit
+    │   ├── ArchiveForeign     archive_foreign        400  1008   not ours
+    │   ├── ArchiveVersion     archive_version        400  1008   written by a newer release
+    │   └── ArchiveTooLarge    archive_too_large      413  1009
     ├── WeightsError           weights_invalid        500  1011   missing or misshapen tensors
     └── EngineError            engine_failed          500  1011
 
@@ -167,6 +174,12 @@ class SegmentExpired(EchoError):
     code, http_status, ws_close = "segment_expired", 410, 1008
 
 
+class ChunkUnreachable(EchoError):
+    """Neither a snapshot nor the start of the session is near enough to make this chunk again."""
+
+    code, http_status, ws_close = "chunk_unreachable", 410, 1008
+
+
 class ClipLost(EchoError):
     """What a session begins with cannot be read any more, and no snapshot leads past it."""
 
@@ -223,6 +236,30 @@ class SnapshotForeign(SnapshotError):
 
 class SnapshotVersion(SnapshotError):
     code = "snapshot_version"
+
+
+class ArchiveError(EchoError):
+    code, http_status, ws_close = "archive_invalid", 400, 1008
+
+
+class ArchiveTruncated(ArchiveError):
+    code = "archive_truncated"
+
+
+class ArchiveCorrupt(ArchiveError):
+    code = "archive_corrupt"
+
+
+class ArchiveForeign(ArchiveError):
+    code = "archive_foreign"
+
+
+class ArchiveVersion(ArchiveError):
+    code = "archive_version"
+
+
+class ArchiveTooLarge(ArchiveError):
+    code, http_status, ws_close = "archive_too_large", 413, 1009
 
 
 class MemoryShort(ConfigError):

@@ -24,8 +24,10 @@ from echo_ray.errors import (
     NotFoundError,
 )
 from echo_ray.serve.api_admin import admin_routes
+from echo_ray.serve.api_forks import fork_routes
 from echo_ray.serve.api_sessions import session_routes
-from echo_ray.serve.body_limit import BodyLimit
+from echo_ray.serve.archive_body import BodyLimits
+from echo_ray.serve.forks import Forks
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView
 from echo_ray.serve.telemetry import CONTENT_TYPE
@@ -48,9 +50,10 @@ def build_api(front: Front, player: Path = PLAYER) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    app.add_middleware(BodyLimit, config=front.config, answer=error_response)
+    app.add_middleware(BodyLimits, config=front.config, answer=error_response)
     app.add_middleware(RequestCount, front=front)
     app.include_router(session_routes(front))
+    app.include_router(fork_routes(front, Forks(front)))
     app.include_router(viewer_routes(front))
     app.include_router(admin_routes(front))
     _add_service_routes(app, front)

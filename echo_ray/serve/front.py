@@ -83,13 +83,13 @@ class Front:
         self.owners = Owners(directory, config, clock, rng)
         self.relays = Relays(self.owners, config, clock, telemetry, rng)
         self.snapshots = snapshots
-        self._clips = ClipDesk(snapshots, shape, config.limits)
+        self.clips = ClipDesk(snapshots, shape, config.limits)
         self.http = httpx.AsyncClient(timeout=config.session.silence_s * 4, trust_env=False)
 
     async def close(self) -> None:
         """Send viewers elsewhere and close what is open; sessions go on without this router."""
         await self.relays.close()
-        self._clips.close()
+        self.clips.close()
         await self.http.aclose()
         await asyncio.to_thread(self.snapshots.close)
 
@@ -102,28 +102,36 @@ class Front:
         given = {k: v for k, v in fields.items() if v is not None}
         given.setdefault("seed", secrets.randbelow(rules.MAX_SEED + 1))
         record = rules.new_session(
-            new_id=rules.session_id(secrets.token_bytes(rules.SESSION_ID_BYTES)),
+            new_id=self.new_id(),
             model=given.pop("model", None),
             served_model=self.shape.model,
             limits=self.config.limits,
             now=self.clock.wall(),
             **given,
         )
+        await self.admit(record)
+        if clip is not None:
+            record = replace(record, clip=await self.clips.take(record.id, clip))
+        try:
+            await asyncio.to_thread(self.directory.create, record)
+        except EchoError:
+            if record.clip is not None:
+                await self.clips.drop(record.id, record.clip)
+            raise
+        return record
+
+    def new_id(self) -> str:
+        """An id that no session ever had."""
+        return rules.session_id(secrets.token_bytes(rules.SESSION_ID_BYTES))
+
+    async def admit(self, record: SessionRecord) -> None:
+        """Raise `CapacityError` or `NoReplica` unless one more session finds room."""
         try:
             await self._check_count()
             await self.owners.admit(record.model, record.pace)
         except EchoError as e:
             self.telemetry.count("admission_rejections", reason=e.code)
             raise
-        if clip is not None:
-            record = replace(record, clip=await self._clips.take(record.id, clip))
-        try:
-            await asyncio.to_thread(self.directory.create, record)
-        except EchoError:
-            if record.clip is not None:
-                await self._clips.drop(record.id, record.clip)
-            raise
-        return record
 
     async def get(self, session_id: str) -> SessionRecord:
         return await asyncio.to_thread(self.directory.get, session_id)

@@ -42,6 +42,20 @@ class NewEvent(Request):
     )
 
 
+class ForkRequest(Request):
+    chunk: int | None = Field(
+        None, ge=0, le=MAX_INDEX, description="begin there; with the next chunk if missing"
+    )
+    prompt: str | None = Field(None, description="switch to it at that chunk")
+    pace: Literal["realtime", "max"] | None = None
+    on_idle: Literal["pause", "continue", "close"] | None = None
+    labels: dict[str, str] | None = None
+
+
+class RewindRequest(Request):
+    chunk: int = Field(ge=0, le=MAX_INDEX)
+
+
 class MoveRequest(Request):
     to: str | None = Field(None, description="replica id; the best other one if missing")
 
@@ -86,6 +100,21 @@ class SessionView(BaseModel):
             owner=record.owner,
             epoch=record.epoch,
         )
+
+
+class ForkPoint(BaseModel):
+    session: str
+    chunk: int
+
+
+class ForkView(SessionView):
+    forked_from: ForkPoint
+
+    @classmethod
+    def made(cls, record: SessionRecord, source: str, shape: StreamShape) -> ForkView:
+        """The answer to a fork: `record` as it was when it was made."""
+        begun = ForkPoint(session=source, chunk=record.next_index)
+        return cls(**SessionView.of(record, shape).model_dump(), forked_from=begun)
 
 
 class SessionList(BaseModel):
