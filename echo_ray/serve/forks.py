@@ -29,7 +29,6 @@ from echo_ray.errors import (
     SnapshotNotFound,
     StoreCorrupt,
     StoreUnavailable,
-    UnavailableError,
 )
 from echo_ray.serve.front import Front
 from echo_ray.serve.telemetry import log
@@ -150,23 +149,24 @@ class Forks:
         front = self._front
         async with self._turn:
             archive = await asyncio.to_thread(self._read, data)
-            made = archive.record
-            await self._check_runs_here(archive)
-            await front.admit(made)
-            try:
-                if archive.clip is not None:
-                    # A stranger's file: it is read as carefully as an upload.
-                    taken = await front.clips.take(made.id, archive.clip)
-                    if taken != made.clip:
-                        raise ArchiveCorrupt(
-                            f"the archive's clip gives {taken.frames} frames here, and its session "
-                            f"began with {made.clip and made.clip.frames}; export it again",
-                            param="clip",
-                        )
+        made = archive.record
+        await self._check_runs_here(archive)
+        await front.admit(made)
+        try:
+            if archive.clip is not None:
+                # A stranger's file: it is read as carefully as an upload.
+                taken = await front.clips.take(made.id, archive.clip)
+                if taken != made.clip:
+                    raise ArchiveCorrupt(
+                        f"the archive's clip gives {taken.frames} frames here, and its session "
+                        f"began with {made.clip and made.clip.frames}; export it again",
+                        param="clip",
+                    )
+            async with self._turn:
                 await asyncio.to_thread(self._plant, replace(archive, clip=None))
-            except EchoError:
-                await asyncio.to_thread(self._uproot, made.id)
-                raise
+        except EchoError:
+            await asyncio.to_thread(self._uproot, made.id)
+            raise
         await self._begin(made)
         log(logging.INFO, "imported", session=made.id, chunk=made.next_index)
         return made
@@ -340,9 +340,13 @@ class Forks:
 
     async def _begin(self, record: SessionRecord) -> None:
         """Let somebody generate the session at once if it is to run without viewers."""
-        if record.on_idle is OnIdle.CONTINUE and record.state is SessionState.LIVE:
-            with contextlib.suppress(UnavailableError, CapacityError):
-                await self._front.adopt(record.id)
+        if record.on_idle is not OnIdle.CONTINUE or record.state is not SessionState.LIVE:
+            return
+        try:
+            await self._front.adopt(record.id)
+        except EchoError as error:
+            # It is there all the same, and begins when somebody watches it.
+            log(logging.WARNING, "not_adopted", session=record.id, error=error.message)
 
     async def _close(self, source: SessionRecord, successor: SessionRecord) -> None:
         for _ in range(CLOSE_TRIES - 1):

@@ -175,8 +175,8 @@ def check_fingerprint(theirs: str | None, running: Sequence[str]) -> None:
     if theirs is None or not running or any(same_model(theirs, ours) for ours in running):
         return
     raise SnapshotForeign(
-        f"the archive is of {theirs.rsplit('/', 1)[0]!r}; here runs "
-        f"{running[0].rsplit('/', 1)[0]!r}: other weights or another release; import it there",
+        f"the snapshot is of {theirs.rsplit('/', 1)[0]!r}; here runs "
+        f"{running[0].rsplit('/', 1)[0]!r}: other weights or another release; use it there",
         param="fingerprint",
     )
 

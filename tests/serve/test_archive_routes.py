@@ -19,6 +19,8 @@ from echo_ray.session.archive import Archive, decode
 from echo_ray.session.records import ClipRef, ControlEntry
 from echo_ray.session.snapshot import Snapshot
 from echo_ray.session.snapshot import encode as encode_snapshot
+from echo_ray.storage.memory import MemorySnapshots
+from echo_ray.storage.tiered import TieredSnapshots
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,31 @@ def test_archives_on_their_way_are_counted_and_slow_ones_given_up(
         for late in await asyncio.gather(*waiting):
             refusal(late, 400, "invalid_request", "did not arrive within 1 s")
         assert (await imported(rig, data)).status_code == 201
+
+    run(test)
+
+
+def test_what_is_answered_is_durable() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replica("a")
+        hot, durable = rig.snapshots, MemorySnapshots()
+        rig.snapshots = TieredSnapshots(hot, durable, durable_every=1000)  # type: ignore[assignment]
+        rig.router()
+        planted(rig)
+        data = still("PNG", 4, 4)
+        sha256 = hashlib.sha256(data).hexdigest()
+        clip = ClipRef(id=f"clip-{sha256[:16]}", sha256=sha256, frames=1)
+        whole = replace(ARCHIVE, record=replace(ARCHIVE.record, clip=clip), clip=data)
+        first = (await imported(rig, file_of(whole))).json()["id"]
+        second = (await rig.call("POST", f"/v1/sessions/{first}/fork", {})).json()["id"]
+        third = (await rig.call("POST", f"/v1/sessions/{second}/rewind", {"chunk": 25})).json()[
+            "id"
+        ]
+        for sid in (first, second, third):
+            (kept,) = rig.directory.snapshots(sid)
+            assert kept.store == rig.snapshots.name
+            assert durable.get(sid, kept.id) == BLOB
+            assert durable.get(sid, clip.id) == data
 
     run(test)
 

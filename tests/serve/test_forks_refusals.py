@@ -9,7 +9,7 @@ import pytest
 from forking_rig import ARCHIVE, BLOB, OTHER, file_of, imported, only, planted, refusal
 from router_rig import CONFIG, Rig, run
 
-from echo_ray.errors import ConflictError, EchoError, StoreFull, StoreUnavailable
+from echo_ray.errors import ConflictError, Draining, EchoError, StoreFull, StoreUnavailable
 from echo_ray.serve import forks
 from echo_ray.session.forking import Past
 from echo_ray.session.records import SessionRecord, SessionState
@@ -198,6 +198,19 @@ def test_a_session_that_was_made_although_nobody_heard_loses_no_blob() -> None:
         rig.directory.delete = delete  # type: ignore[method-assign]
         refusal(await rig.call("POST", "/v1/sessions/s1/fork", {}), 503, "store_unavailable")
         assert only(rig, "s1", made)
+
+    run(test)
+
+
+def test_a_fork_that_nobody_takes_at_once_is_there_all_the_same() -> None:
+    async def test(rig: Rig) -> None:
+        rig.replica("a").refuse = Draining("going away")
+        rig.router()
+        planted(rig)
+        answer = await rig.call("POST", "/v1/sessions/s1/fork", {"on_idle": "continue"})
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["owner"] is None
+        assert only(rig, "s1", answer.json()["id"])
 
     run(test)
 
