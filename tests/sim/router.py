@@ -1,77 +1,66 @@
-"""Routers and viewers of the simulation: execute pulls across owners, and watch what comes."""
+"""Routers of the simulation: find and claim owners, pull across them, move and sweep sessions."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from sim.kernel import Bell, Host, Network, Pipe, Process, Rung, Sleep
-from sim.replica import LEAD, LEASE_TTL_S, SLOTS, Reader, Replica, Seat, Segment
+from sim.kernel import Host, Process, Sleep
+from sim.ledger import Ledger
+from sim.network import Ask as Asked
+from sim.network import Network, Pipe
+from sim.pull import Pull
+from sim.replica import LEASE_TTL_S, SLOTS, Replica
 from sim.store import Store
 
-from echo_ray.errors import EchoError, Fenced
-from echo_ray.session import locating, pull_events, pulling
-from echo_ray.session.locating import (
-    LOOKS,
-    Ask,
-    Claim,
-    Memory,
-    Owner,
-    SessionPaused,
-    Standing,
-    Wait,
-)
-from echo_ray.session.pulling import (
-    Cause,
-    End,
-    Find,
-    OwnerLost,
-    Pulling,
-    Read,
-    Rest,
-    Shun,
-)
+from echo_ray.errors import EchoError, Fenced, UnavailableError
+from echo_ray.session import locating, moving
+from echo_ray.session.locating import LOOKS, Ask, Claim, Memory, Owner, Standing, Wait
+from echo_ray.session.records import OnIdle, ReplicaRecord, SessionRecord, SessionState
 
-BEAT_S = 0.2
-SILENCE_S = 1.2
-PATIENCE_S = 30.0
-
-
-@dataclass(slots=True, eq=False)
-class Viewer:
-    """Somebody who watches one session: what came, and how late."""
-
-    name: str
-    session_id: str
-    next: int = 0
-    playing_s: float | None = None
-    """When chunk 0 began to play, moved by every stall."""
-    stalled_s: float = 0.0
-    gone: bool = False
-    ended: EchoError | None = None
+SWEEP_S = 2.0
+PREPARE_TIMEOUT_S = 10.0
+OWN_TIMEOUT_S = 2.0
 
 
 class Router:
     """One router process."""
 
     def __init__(
-        self, host: Host, network: Network, store: Store, replicas: Mapping[str, Replica]
+        self,
+        host: Host,
+        network: Network,
+        store: Store,
+        ledger: Ledger,
+        replicas: Mapping[str, Replica],
     ) -> None:
         self.host = host
-        self._network = network
+        self.network = network
+        self.ledger = ledger
+        self.replicas = replicas
         self._store = store
-        self._replicas = replicas
+        self._begin()
+
+    def _begin(self) -> None:
         self._memory = Memory()
+        self.pulls: set[Pull] = set()
 
     def start(self) -> None:
         """Begin as an empty process."""
-        self._memory = Memory()
+        self._begin()
+        self.host.run(self._sweep())
 
-    def watch(self, viewer: Viewer, take: Callable[[Segment], None]) -> None:
-        """Pull for a viewer from its next index on, as long as both live."""
-        self.host.run(self._pull(viewer, take))
+    def watch(self, session_id: str, start: int, out: Pipe, acks: Pipe) -> None:
+        """Pull for a viewer from `start` on, as long as both live."""
+        self.host.run(Pull(self, session_id, start, out, acks).run())
+
+    def watched(self) -> Counter[str]:
+        """How many pulls of each session there are."""
+        return Counter(pull.session_id for pull in self.pulls)
+
+    def avoid(self, replica_id: str) -> None:
+        self._memory = locating.failed(self._memory, replica_id, self.host.monotonic())
 
     # Owners
 
@@ -98,167 +87,127 @@ class Router:
                     yield Sleep(self.host.world.rng.uniform(0, at_most_s))
                 case Claim(replica):
                     try:
-                        lease = yield from self._store.claim(
-                            self.host, session_id, replica.id, record.epoch, LEASE_TTL_S
-                        )
+                        owner = yield from self.claim(record, replica)
                     except Fenced:
                         continue
-                    now_s = self.host.monotonic()
-                    self._memory = locating.claimed(self._memory, session_id, replica.id, now_s)
-                    return Owner(session_id, replica.id, replica.address, lease.epoch)
+                    return owner
         raise locating.unsettled(session_id)
 
-    # Pulls
-
-    def _pull(self, viewer: Viewer, take: Callable[[Segment], None]) -> Process:
-        pull = _Pull(self, viewer, take)
-        while not viewer.gone:
-            now_s = self.host.monotonic()
-            match pulling.work(pull.now, now_s, wake=True):
-                case Find(ask):
-                    yield from pull.find(ask)
-                case Read(owner, start):
-                    yield from pull.read(owner, start)
-                case Rest(until_s):
-                    yield Rung(pull.poked, until_s - now_s)
-                case End(error):
-                    viewer.ended = error
-                    return
-
-    def avoid(self, replica_id: str) -> None:
-        self._memory = locating.failed(self._memory, replica_id, self.host.monotonic())
-
-
-class _Pull:
-    """One pull and its effects."""
-
-    def __init__(self, router: Router, viewer: Viewer, take: Callable[[Segment], None]) -> None:
-        self.router, self.host, self.viewer, self._take = router, router.host, viewer, take
-        self.poked = Bell()
-        self.now = Pulling(
-            next=viewer.next,
-            told_s=self.host.monotonic(),
-            beat_s=BEAT_S,
-            silence_s=SILENCE_S,
-            patience_s=PATIENCE_S,
+    def claim(self, record: SessionRecord, replica: ReplicaRecord) -> Iterator[Any]:
+        """Make `replica` the owner if the record still stands. Raises `Fenced` if it does not."""
+        lease = yield from self._store.claim(
+            self.host, record.id, replica.id, record.epoch, LEASE_TTL_S
         )
+        now_s = self.host.monotonic()
+        self._memory = locating.claimed(self._memory, record.id, replica.id, now_s)
+        return Owner(record.id, replica.id, replica.address, lease.epoch)
 
-    def apply(self, event: Callable[[Pulling], pull_events.Step]) -> None:
-        self.now, effects = event(self.now)
-        for effect in effects:
-            if isinstance(effect, pull_events.Lost):
-                where = f"{self.viewer.name} at {self.host.name}"
-                self.host.world.note(f"{where} lost {effect.owner.replica_id}: {effect.reason}")
-                if effect.avoid:
-                    self.router.avoid(effect.owner.replica_id)
+    def _ask(self, owner: Owner, work: Callable[[Replica], Process], timeout_s: float) -> Asked:
+        replica = self.replicas[owner.address]
+        life = int(owner.replica_id.rpartition(".")[2])
 
-    def failed(self, event: Callable[..., pull_events.Step], **what: Any) -> None:
-        jitter = self.host.world.rng.uniform(0.5, 1.0)
-        self.apply(partial(event, now_s=self.host.monotonic(), jitter=jitter, **what))
+        def there() -> Process:
+            if replica.host.life != life:
+                raise UnavailableError(f"{owner.replica_id} is gone")
+            outcome = yield from work(replica)
+            return None if outcome is None else True
 
-    def find(self, ask: Ask) -> Iterator[Any]:
-        self.apply(pull_events.finding)
-        try:
-            owner = yield from self.router.find(self.viewer.session_id, ask)
-        except (EchoError, SessionPaused) as error:
-            self.failed(pull_events.not_found, error=error)
-        else:
-            self.apply(partial(pull_events.found, owner=owner))
+        def lost() -> UnavailableError:
+            return UnavailableError(f"{owner.replica_id} does not answer")
 
-    def read(self, owner: Owner, start: int) -> Iterator[Any]:
-        router, viewer = self.router, self.viewer
-        replica = router._replicas[owner.address]
-        inbox = Pipe(router._network, replica.host, self.host, "closed")
-        wants = Pipe(router._network, self.host, replica.host, None)
-        wants.send(viewer.next + LEAD)
-        opening = partial(serve_pull, replica, owner, start, inbox, wants)
-        router._network.send(self.host, replica.host, lambda: replica.host.run(opening()))
-        sent = -1
-        try:
-            while self.now.owner is owner and not viewer.gone:
-                if not inbox.items:
-                    before = self.host.monotonic()
-                    yield Rung(inbox.bell, BEAT_S)
-                    if not inbox.items and self.host.monotonic() - before >= BEAT_S:
-                        self.failed(pull_events.quiet)
-                    continue
-                self.apply(pull_events.heard)
-                self._message(inbox.items.pop(0))
-                if (want := viewer.next + LEAD) != sent:
-                    wants.send(want)
-                    sent = want
-        except OwnerLost as loss:
-            self.failed(pull_events.lost, loss=loss)
-        wants.send(None)
+        return Asked(self.network, replica.host, there, timeout_s=timeout_s, lost=lost)
 
-    def _message(self, item: Any) -> None:
-        match item:
-            case Segment(index):
-                if pulling.takes(self.now, index):
-                    self._take(item)
-                    now_s = self.host.monotonic()
-                    self.apply(partial(pull_events.delivered, index=index, now_s=now_s))
-            case "going away":
-                raise OwnerLost("going away", cause=Cause.DRAIN)
-            case "closed":
-                raise OwnerLost("broke")
-            case Fenced():
-                raise OwnerLost("fenced", cause=Cause.FENCED, shun=Shun.NOBODY)
-            case EchoError():
-                self.failed(pull_events.refused, error=item)
+    def own(self, owner: Owner) -> Iterator[Any]:
+        """Tell a replica that it owns a session."""
+        yield self._ask(owner, lambda r: r.own(owner.session_id, owner.epoch), OWN_TIMEOUT_S)
 
+    def adopt(self, session_id: str) -> Iterator[Any]:
+        """Make sure that somebody generates the session, with or without readers."""
+        owner = yield from self.find(session_id, Ask())
+        yield from self.own(owner)
 
-def serve_pull(replica: Replica, owner: Owner, start: int, inbox: Pipe, wants: Pipe) -> Process:
-    """The replica's end of a pull."""
-    yield from _serve(replica, owner, start, inbox, wants)
+    def _sweep(self) -> Process:
+        """Sessions that go on without viewers find an owner, slowly."""
+        while True:
+            yield Sleep(SWEEP_S * self.host.world.rng.uniform(0.75, 1.25))
+            try:
+                records = yield from self._store.list(self.host)
+            except EchoError:
+                continue
+            watched, now = self.watched(), self.host.wall()
+            for record in records:
+                orphan = (
+                    record.state is SessionState.LIVE
+                    and record.on_idle is OnIdle.CONTINUE
+                    and record.epoch > 0
+                    and record.lease_until <= now
+                    and record.id not in watched
+                )
+                if orphan:
+                    try:
+                        yield from self.adopt(record.id)
+                    except EchoError:
+                        continue
 
+    # Planned moves
 
-def _serve(replica: Replica, owner: Owner, start: int, inbox: Pipe, wants: Pipe) -> Process:
-    """The replica's end of a pull; a process that dies leaves nothing to tidy up."""
-    if replica.id != owner.replica_id:
-        inbox.send("closed")
-        return
-    reader = Reader(owner.epoch, start, 0)
-    try:
-        seat = yield from replica.own(owner.session_id, owner.epoch)
-    except EchoError as error:
-        inbox.send(error)
-        return
-    replica.attach(seat, reader)
-    try:
-        yield from _feed(replica, seat, reader, inbox, wants)
-    except EchoError as error:
-        inbox.send(error)
-    replica.detach(seat, reader)
-
-
-def _feed(replica: Replica, seat: Seat, reader: Reader, inbox: Pipe, wants: Pipe) -> Iterator[Any]:
-    """Segments as they are published, and beats, until the reader goes or the session does."""
-    host, index = replica.host, reader.cursor
-    beat_s = host.monotonic()
-    while True:
-        while wants.items:
-            want = wants.items.pop(0)
-            if want is None:
-                return
-            reader.want = max(reader.want, want)
-            replica.wake()
-        segment = replica.segment(seat, reader, index)
-        if segment is not None:
-            inbox.send(segment)
-            index += 1
-            continue
-        if seat.now.going_away and seat.now.releasing:
-            inbox.send("going away")
+    def migrate(self, session_id: str, to: str | None) -> Iterator[Any]:
+        """Move a session to replica `to` or to the best other one, as `moving` says."""
+        record = yield from self._store.get(self.host, session_id)
+        replicas = yield from self._store.replicas(self.host)
+        now_s = self.host.monotonic()
+        move = moving.plan(
+            record,
+            replicas,
+            to,
+            cap=SLOTS,
+            suspects=self._memory.suspects(now_s),
+            pending=self._memory.pending(replicas, now_s),
+        )
+        if move is None:
             return
-        if host.monotonic() - beat_s >= BEAT_S:
-            inbox.send("beat")
-            beat_s = host.monotonic()
-        yield Rung(_either(reader.bell, wants.bell), BEAT_S)
+        while move.work is not moving.Work.DONE:
+            try:
+                move = yield from self._step(move)
+            except EchoError as error:
+                move = moving.failed(move, error)
+        if move.failed is not None:
+            self.ledger.counts["moves that failed"] += 1
+            raise move.failed
+        self.ledger.counts["moves"] += 1
+        self.poke(session_id)
 
+    def _step(self, move: moving.Move) -> Iterator[Any]:
+        record, target = move.record, move.target
+        if move.work is moving.Work.PREPARE:
+            shadow = Owner(record.id, target.id, target.address, record.epoch)
+            yield self._ask(shadow, lambda r: r.prepare(record.id), PREPARE_TIMEOUT_S)
+            return moving.prepared(move)
+        if move.owner is None:
+            owner = yield from self.claim(record, target)
+            return moving.claimed(move, owner)
+        yield from self.own(move.owner)
+        return moving.told(move)
 
-def _either(one: Bell, other: Bell) -> Bell:
-    both = Bell()
-    one.add(both.ring)
-    other.add(both.ring)
-    return both
+    def poke(self, session_id: str) -> None:
+        """The session's record has changed; follow it at once."""
+        for pull in list(self.pulls):
+            if pull.session_id == session_id:
+                pull.poke()
+
+    def change(self, session_id: str, state: SessionState) -> Iterator[Any]:
+        """Pause, resume or close a session, for a client."""
+        yield from self._store.set_state(self.host, session_id, state)
+        self.poke(session_id)
+
+    def switch(self, session_id: str, event_id: str, prompt: str, at: int | None) -> Iterator[Any]:
+        """Append a prompt switch, for a client; answered when it is durable."""
+        return self._store.append_control(self.host, session_id, event_id, prompt, at)
+
+    def request(self, client: Host, work: Callable[[], Process]) -> Asked:
+        """A client's request to this router, whose answer may get lost."""
+
+        def lost() -> UnavailableError:
+            return UnavailableError(f"{self.host.name} does not answer")
+
+        return Asked(self.network, self.host, work, timeout_s=OWN_TIMEOUT_S, lost=lost)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from echo_ray.session.records import ControlEntry, SessionRecord
+from echo_ray.session.records import SessionRecord
 
 POINT_EVERY = 4
 CHUNK_S = 0.75
@@ -23,6 +23,15 @@ class StreamState:
     @property
     def at_point(self) -> bool:
         return self.next_index % POINT_EVERY == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What readers get of a chunk."""
+
+    index: int
+    digest: str
+    discontinuity: bool = False
 
 
 def opened(record: SessionRecord) -> StreamState:
@@ -42,18 +51,17 @@ def start_s(index: int) -> float:
 
 
 class Oracle:
-    """What every chunk of a session has to be, by its record and its control log alone."""
+    """What every chunk of a session has to be, by its record and its switches alone."""
 
     def __init__(self, record: SessionRecord) -> None:
         self._states = [opened(record)]
         self._digests: list[str] = []
 
-    def digest(self, index: int, log: Sequence[ControlEntry]) -> str:
-        """The digest of chunk `index`; `log` must be final up to there."""
+    def digest(self, index: int, switches: Mapping[int, Sequence[str]]) -> str:
+        """The digest of chunk `index`; `switches` (by chunk) must be final up to there."""
         while len(self._digests) <= index:
             at = len(self._digests)
-            prompts = [e.prompt for e in log if e.chunk == at]
-            state, digest = stepped(self._states[-1], prompts)
+            state, digest = stepped(self._states[-1], switches.get(at, ()))
             self._states.append(state)
             self._digests.append(digest)
         return self._digests[index]

@@ -1,105 +1,67 @@
 """Many small worlds full of faults: nobody sees a chunk lost, twice, out of order or torn.
 
-The code under test is `session/` (owners, pulls, leases, placement, the control log) and the
-in-memory stores; what executes them here is a virtual clock, network and set of processes.
-A seed that fails prints its log, and is run again alone with `-k "seed[N]"`.
+The code under test is `session/` (owners, pulls, moves, leases, placement, the control log) and the
+in-memory stores; what executes them here is a virtual clock, network and set of processes. A seed
+that fails prints its log and the command that replays it. `make sim` runs very many more.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 
 import pytest
+from sim import account
+from sim.account import account_of
 from sim.ledger import Breach
+from sim.plans import CALM, CROWD, LARGE, LONG, TINY, plan_of
 from sim.replica import Replica
-from sim.scenario import Plan, run
+from sim.scenario import run
 
-from echo_ray.session import control_log, pulling
-from echo_ray.session.lease import LeaseView
-
-SMALL = Plan(replicas=3, routers=2, sessions=3, troubled_s=15, peaceful_s=12, faults_per_s=0.8)
+CHUNKS, SEEDS = 20, 100
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_no_stream_is_lost_or_torn_whatever_happens(seed: int) -> None:
-    cluster = run(seed, SMALL)
-    assert cluster.ledger.deliveries > 30
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_no_stream_is_lost_or_torn_whatever_happens(chunk: int) -> None:
+    small = (s for s in range(chunk * SEEDS, (chunk + 1) * SEEDS) if s % 200 != 199)
+    total = account_of(small)
+    assert not total.failures, account.failures(total)
+    assert total.counts["deliveries"] > 50 * SEEDS
+    assert total.counts["moves"] > 10
+    assert total.counts["switches"] > 300
+
+
+@pytest.mark.parametrize("seed", [199, 399])
+def test_a_crowd_is_served_too(seed: int) -> None:
+    assert run(seed, CROWD).ledger.counts["deliveries"] > 1000
 
 
 def test_a_seed_is_the_same_world_again() -> None:
-    assert run(3, SMALL).world.log == run(3, SMALL).world.log
-    assert run(3, SMALL).world.log != run(4, SMALL).world.log
+    assert run(3, TINY).world.log == run(3, TINY).world.log
+    assert run(3, TINY).world.log != run(4, TINY).world.log
 
 
-def found(seeds: range) -> bool:
-    """Whether any of the seeds notices that something is wrong."""
-    for seed in seeds:
-        try:
-            run(seed, SMALL)
-        except Breach:
-            return True
-    return False
+def test_every_kind_of_plan_is_drawn() -> None:
+    assert {plan_of(seed).name for seed in range(1000)} == {
+        plan.name for plan in (TINY, CALM, LONG, CROWD, LARGE)
+    }
 
 
-def test_a_chunk_that_is_shown_before_its_commit_is_found(
+def test_accounts_add_up_the_same_in_one_process_and_in_two() -> None:
+    one, two = account.run_all(0, 120, 1), account.run_all(0, 120, 2)
+    assert one == two
+    assert one.seeds == 120
+    text = account.summary(one, 60.0)
+    assert re.search(r"seeds +120 in 1\.0 minutes: tiny 106, calm 12, long 2", text)
+    assert "breaches       0" in text
+
+
+def test_a_seed_that_fails_tells_its_log_and_how_to_see_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: readers have a chunk before the store has it."""
-    commit = Replica._commit
-
-    def planted(self, seat, segment):  # type: ignore[no-untyped-def]
-        seat.segments[segment.index] = segment
-        seat.now = replace(seat.now, committed=segment.index + 1)
-        seat.ring()
-        yield from commit(self, seat, segment)
-
-    monkeypatch.setattr(Replica, "_commit", planted)
-    assert found(range(40))
-
-
-def test_a_lease_that_nobody_looks_at_and_no_fence_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Planted: owners and store believe in every lease. Each alone is covered by the other."""
-    monkeypatch.setattr(LeaseView, "valid", lambda self, now_s: True)
-    assert not found(range(15))
-    monkeypatch.setattr(control_log, "check_fence", lambda record, lease: None)
-    assert found(range(60))
-
-
-def test_an_epoch_that_is_not_raised_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: a claim leaves the epoch as it is."""
-    claimed = control_log.claimed
-
-    def planted(record, owner, *, expect_epoch, lease_until):  # type: ignore[no-untyped-def]
-        now = claimed(record, owner, expect_epoch=expect_epoch, lease_until=lease_until)
-        if record.epoch == 0:
-            return now
-        return replace(now, epoch=record.epoch)
-
-    monkeypatch.setattr(control_log, "claimed", planted)
-    assert found(range(40))
-
-
-def test_a_seal_that_seals_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: events may still be pinned to a chunk that is being made."""
-    placed = control_log.placed
-
-    def planted(record, *rest):  # type: ignore[no-untyped-def]
-        return placed(replace(record, sealed=record.next_index), *rest)
-
-    monkeypatch.setattr(control_log, "placed", planted)
-    assert found(range(40))
-
-
-def test_an_index_that_is_not_looked_at_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: a pull takes whatever comes."""
-    monkeypatch.setattr(pulling, "takes", lambda p, index: True)
-    monkeypatch.setattr("sim.router.serve_pull", _from_one_before, raising=True)
-    assert found(range(40))
-
-
-def _from_one_before(replica, owner, start, inbox, wants):  # type: ignore[no-untyped-def]
-    from sim import router
-
-    yield from router._serve(replica, owner, max(0, start - 1), inbox, wants)
+    monkeypatch.setattr(Replica, "excess", lambda self: f"{self.id} is too large")
+    with pytest.raises(Breach, match="too large"):
+        run(7, TINY)
+    text = account.failures(account_of(range(7, 12)))
+    assert "BREACH r0.0 is too large" in text
+    assert "again: make sim SEED=7 STEPS=1" in text
+    assert "failed as well: 10, 11" in text
