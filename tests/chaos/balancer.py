@@ -52,6 +52,11 @@ class Balancer:
     def up(self) -> list[Address]:
         return [door.address for door in self._doors.values() if door.up]
 
+    @property
+    def busy(self) -> set[Address]:
+        """Doors with connections."""
+        return {door.address for door in self._doors.values() if door.connections}
+
     async def _look(self) -> None:
         while True:
             found = set(await asyncio.to_thread(lambda: list(self._find())))

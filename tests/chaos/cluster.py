@@ -79,6 +79,7 @@ class Cluster:
         self._gcs_port = free_port()
         self._env = self._environment()
         self._start_head()
+        self._await_s3()
         for number in range(nodes):
             self.nodes.append(self._start_node(number))
         self._deploy(nodes)
@@ -188,6 +189,8 @@ class Cluster:
                 stdout=log,
                 stderr=log,
             )
+
+    def _await_s3(self) -> None:
         limit = time.monotonic() + START_LIMIT_S
         while not _answers(f"{self._s3_url}/moto-api/"):
             if self._s3.poll() is not None or time.monotonic() > limit:

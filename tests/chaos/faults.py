@@ -125,7 +125,7 @@ class Trouble:
         await self._kill(fault, await self._busy_replica())
 
     async def _kill_router(self, fault: Fault) -> None:
-        await self._kill(fault, await self._one(ROUTER))
+        await self._kill(fault, await self._busy_router())
 
     async def _kill_controller(self, fault: Fault) -> None:
         await self._kill(fault, await self._one(CONTROLLER))
@@ -134,7 +134,7 @@ class Trouble:
         await self._hang(fault, await self._busy_replica())
 
     async def _hang_router(self, fault: Fault) -> None:
-        await self._hang(fault, await self._one(ROUTER))
+        await self._hang(fault, await self._busy_router())
 
     async def _kill(self, fault: Fault, process: psutil.Process) -> None:
         fault.target, fault.at = f"pid {process.pid}", time.monotonic()
@@ -233,6 +233,13 @@ class Trouble:
         known = {r["pid"]: r for r in await self._replicas() if _is_live(r["pid"])}
         busy = sorted(pid for pid, r in known.items() if r["sessions"])
         return psutil.Process(self.rng.choice(busy or sorted(known)))
+
+    async def _busy_router(self) -> psutil.Process:
+        """A router that somebody is connected to, if there is one."""
+        busy = {ip for ip, _ in self.balancer.busy}
+        nodes = [n for n in self._nodes() if n.ip in busy]
+        found = [r for n in nodes for r in await asyncio.to_thread(self.cluster.workers, ROUTER, n)]
+        return self.rng.choice(found) if found else await self._one(ROUTER)
 
     async def _busy_node(self) -> Node:
         replica = await self._busy_replica()

@@ -20,7 +20,7 @@ from echo_ray.client import EchoClient
 
 NODES = 3
 SESSIONS = 3
-CALM_S = 8.0
+CALM_S = 5.0
 """Watched before the first fault, to know what an undisturbed wait is here."""
 LAG_EVERY_S = 0.05
 FIRST_LIMIT_S = 60.0
