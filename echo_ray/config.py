@@ -86,6 +86,9 @@ class SessionSection:
     """Routers look for sessions that nobody owns this often."""
     drain_s: float = 20.0
     """A replica that is to go away has its sessions moved within this time; the rest is parked."""
+    resume_policy: str = "exact"
+    """`exact`: a session goes on only where the same bits are made, and waits otherwise.
+    `compatible`: on any device of the same model, with the `discontinuity` mark."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -113,19 +116,13 @@ class SessionSection:
             self.beat_s,
             f"at most a third of session.silence_s ({self.silence_s})",
         )
+        known = self.resume_policy in ("exact", "compatible")
+        require(known, "session.resume_policy", self.resume_policy, "exact or compatible")
         require(1 <= self.lead_chunks <= 64, "session.lead_chunks", self.lead_chunks, "1 to 64")
-        require(
-            8 <= self.retention_chunks <= 100_000,
-            "session.retention_chunks",
-            self.retention_chunks,
-            "8 to 100000",
-        )
-        require(
-            1 <= self.snapshots_kept <= 1000,
-            "session.snapshots_kept",
-            self.snapshots_kept,
-            "1 to 1000",
-        )
+        fits = 8 <= self.retention_chunks <= 100_000
+        require(fits, "session.retention_chunks", self.retention_chunks, "8 to 100000")
+        fits = 1 <= self.snapshots_kept <= 1000
+        require(fits, "session.snapshots_kept", self.snapshots_kept, "1 to 1000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

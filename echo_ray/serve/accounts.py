@@ -67,16 +67,25 @@ class ProgressAccounts:
         self._telemetry.observe("resume_duration_seconds", seconds)
         log(logging.INFO, "resumed", session=session_id, seconds=seconds, replayed=replayed)
 
-    def mismatch(self, session_id: str, index: int, committed: str, made: str) -> None:
-        """A replayed chunk is not the committed one."""
+    def unfit(self, session_id: str, error: EchoError) -> None:
+        """A session was not taken over, because this engine may not go on with it."""
+        self._telemetry.count("session_resumes", outcome="unfit")
+        log(logging.WARNING, "unfit", session=session_id, error=error.message)
+
+    def mismatch(
+        self, session_id: str, index: int, digests: tuple[str, str], engines: tuple[str | None, str]
+    ) -> None:
+        """A replayed chunk is not the committed one; of both, what was committed stands first."""
         self._telemetry.count("digest_mismatches")
         log(
             logging.ERROR,
             "digest_mismatch",
             session=session_id,
             chunk=index,
-            committed=committed,
-            made=made,
+            committed=digests[0],
+            made=digests[1],
+            committed_by=engines[0],
+            made_by=engines[1],
         )
 
     def fenced(self, session_id: str, error: EchoError) -> None:

@@ -114,9 +114,9 @@ class Backfill:
         self._bench.accounts.replayed()
         if compare(fetched.digests, index, segment.chunk.digest) is Verdict.DIFFERENT:
             segment.discontinuity = True
-            self._bench.accounts.mismatch(
-                runner.session_id, index, fetched.digests[index], segment.chunk.digest
-            )
+            digests = fetched.digests[index], segment.chunk.digest
+            engines = fetched.record.fingerprint, self._bench.engine.fingerprint
+            self._bench.accounts.mismatch(runner.session_id, index, digests, engines)
         runner.publish_past(segment)
 
     def _failed(self, error: Exception) -> None:

@@ -12,6 +12,7 @@ from echo_ray.serve.fetch import Fetch, Fetched
 from echo_ray.serve.segments import Segment
 from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.session.engine_port import Engine, State
+from echo_ray.session.fingerprint import ResumePolicy, allows, fit, unfit
 from echo_ray.session.replay import ControlLog
 from echo_ray.storage.interface import Directory
 
@@ -27,9 +28,17 @@ class Bench:
     writer: SnapshotWriter
     accounts: ProgressAccounts
     clock: Clock
+    policy: ResumePolicy = ResumePolicy.EXACT
 
     def state_of(self, fetched: Fetched) -> State:
-        """The state at the fetched point. Raises `SnapshotError`, `InvalidRequestError`."""
+        """The state at the fetched point.
+
+        Raises `NoFittingReplica` where this engine may not go on with the session, `SnapshotError`,
+        `InvalidRequestError`.
+        """
+        made_by, ours = fetched.record.fingerprint, self.engine.fingerprint
+        if made_by and not allows(self.policy, fit(made_by, ours)):
+            raise unfit(made_by, ours)
         if fetched.snapshot is None:
             record = fetched.record
             return self.engine.open(record.prompt, record.seed, fetched.first_frames)

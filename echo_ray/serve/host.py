@@ -37,6 +37,7 @@ from echo_ray.session import draining, owner_events
 from echo_ray.session.capacity import free_slots
 from echo_ray.session.draining import Drain, Reason, Verdict
 from echo_ray.session.engine_port import Engine
+from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.lease import LeaseView
 from echo_ray.session.records import Lease, ReplicaRecord, SessionRecord, SessionState
 from echo_ray.storage.interface import Directory, SnapshotStore
@@ -118,6 +119,7 @@ class SessionHost:
             ),
             accounts=self._accounts,
             clock=self.clock,
+            policy=ResumePolicy(session.resume_policy),
         )
 
     def _make_keeper(self) -> LeaseKeeper:
@@ -175,6 +177,7 @@ class SessionHost:
             address=self.address,
             state="ready" if self._drain is None else leaving,
             model=shape.model,
+            fingerprint=self.engine.fingerprint,
             sessions=tuple(sorted(r.session_id for r in owned)),
             chunk_seconds=measured,
             free_slots=0

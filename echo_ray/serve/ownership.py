@@ -14,6 +14,7 @@ from echo_ray.clock import Clock
 from echo_ray.config import EchoConfig
 from echo_ray.errors import Fenced
 from echo_ray.session import locating
+from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.locating import LOOKS, Ask, Claim, Memory, Standing, Wait
 from echo_ray.session.locating import Owner as Owner
 from echo_ray.session.moving import Move, plan
@@ -33,6 +34,7 @@ class Owners:
         self._clock = clock
         self._rng = rng
         self._memory = Memory()
+        self._policy = ResumePolicy(config.session.resume_policy)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def avoid(self, replica_id: str) -> None:
@@ -59,6 +61,7 @@ class Owners:
                     ask,
                     first=look == 0,
                     cap=self._config.limits.sessions_per_replica,
+                    policy=self._policy,
                     suspects=self._memory.suspects(now_s),
                     pending=self._memory.pending(replicas, now_s),
                     wall_s=self._clock.wall(),
@@ -103,6 +106,7 @@ class Owners:
             replicas,
             to,
             cap=self._config.limits.sessions_per_replica,
+            policy=self._policy,
             suspects=self._memory.suspects(now_s),
             pending=self._memory.pending(replicas, now_s),
         )

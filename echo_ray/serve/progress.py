@@ -30,6 +30,7 @@ from echo_ray.serve.segments import Segment
 from echo_ray.serve.telemetry import log
 from echo_ray.session import owner_events, owning
 from echo_ray.session.engine_port import State
+from echo_ray.session.fingerprint import NoFittingReplica
 from echo_ray.session.lease import LeaseView
 from echo_ray.session.owner_events import Effect
 from echo_ray.session.owning import LeaseOver, Pacing, Work
@@ -48,6 +49,7 @@ class Progress:
         self._refused: frozenset[str] = frozenset()
         self._log = ControlLog()
         self._digests: Mapping[int, str] = {}
+        self._made_by: str | None = None
         self._saved: set[int] = set()
         self._unconfirmed: Segment | None = None
 
@@ -147,6 +149,7 @@ class Progress:
         self._state = state
         self._log = ControlLog(fetched.entries)
         self._digests = fetched.digests
+        self._made_by = fetched.record.fingerprint
         self._saved = {ref.chunk_index for ref in fetched.refs}
         runner.newest_snapshot_at = max((r.created_at for r in fetched.refs), default=None)
         fingerprint = self._bench.engine.fingerprint
@@ -189,7 +192,9 @@ class Progress:
         verdict = compare(self._digests, index, segment.chunk.digest)
         if verdict is Verdict.DIFFERENT:
             segment.discontinuity = True
-            accounts.mismatch(runner.session_id, index, self._digests[index], segment.chunk.digest)
+            digests = self._digests[index], segment.chunk.digest
+            engines = self._made_by, self._bench.engine.fingerprint
+            accounts.mismatch(runner.session_id, index, digests, engines)
         accounts.replayed()
         effects = runner.publish(
             segment, partial(owner_events.replayed, index=index, verdict=verdict)
@@ -256,6 +261,8 @@ class Progress:
                 pass
             case StoreUnavailable():
                 accounts.store_failed(runner.session_id, "progress", error)
+            case NoFittingReplica():
+                accounts.unfit(runner.session_id, error)
             case ConflictError():
                 log(logging.WARNING, "reconcile", session=runner.session_id, error=error.message)
             case _:

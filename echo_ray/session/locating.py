@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from echo_ray.errors import NoReplica, SessionClosed
+from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.placement import best_replica
 from echo_ray.session.records import ReplicaRecord, SessionRecord, SessionState
 
@@ -135,6 +136,7 @@ def decide(
     *,
     first: bool,
     cap: int,
+    policy: ResumePolicy = ResumePolicy.EXACT,
     suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
     wall_s: float,
@@ -158,6 +160,8 @@ def decide(
             replicas,
             model=record.model,
             cap=cap,
+            made_by=record.fingerprint,
+            policy=policy,
             avoid=ask.avoid,
             suspects=suspects,
             pending=pending,

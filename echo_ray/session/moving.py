@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from echo_ray.errors import ConflictError, Draining, EchoError, Fenced, ReplicaNotFound
+from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.locating import Owner
-from echo_ray.session.placement import best_replica
+from echo_ray.session.placement import best_replica, fitting
 from echo_ray.session.records import ReplicaRecord, SessionRecord, SessionState
 
 
@@ -56,13 +57,14 @@ def plan(
     to: str | None,
     *,
     cap: int,
+    policy: ResumePolicy = ResumePolicy.EXACT,
     suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
 ) -> Move | None:
     """The move to replica `to`, or to the best other one; None if it is there already.
 
     Raises `ConflictError` for a session without an owner, `ReplicaNotFound`, `Draining`,
-    `NoReplica`, `CapacityError`.
+    `NoReplica` (`NoFittingReplica`), `CapacityError`.
     """
     if record.state is not SessionState.LIVE or record.owner is None:
         raise ConflictError(
@@ -71,11 +73,14 @@ def plan(
     if to == record.owner:
         return None
     if to is not None:
-        return Move(record, _named(replicas, to))
+        (target,) = fitting([_named(replicas, to)], record.fingerprint, policy)
+        return Move(record, target)
     best = best_replica(
         replicas,
         model=record.model,
         cap=cap,
+        made_by=record.fingerprint,
+        policy=policy,
         avoid={record.owner},
         suspects=suspects,
         pending=pending,

@@ -25,6 +25,7 @@ from echo_ray.errors import (
     SessionClosed,
     StoreUnavailable,
 )
+from echo_ray.session.fingerprint import NoFittingReplica
 from echo_ray.session.lease import LeaseView
 from echo_ray.session.owning import Owning, Pending
 from echo_ray.session.pacing import Playout, idle_verdict
@@ -292,6 +293,8 @@ def failed(o: Owning, error: Exception, used: LeaseView | None, now_s: float) ->
             return replace(o, retry_at_s=now_s + RETRY_AFTER_S), NOTHING
         case ConflictError():
             return replace(o, retry_at_s=now_s + RETRY_AFTER_S, refresh=True), NOTHING
+        case NoFittingReplica():
+            return ended(o, error) if o.shadow else retired(o, SessionState.LIVE, failure=error)
         case _:
             return _engine_failed(o, error, now_s)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from echo_ray.errors import CapacityError, NoReplica
+from echo_ray.session.fingerprint import Fit, ResumePolicy, allows, fit, unfit
 from echo_ray.session.records import Pace, ReplicaRecord
 
 RETRY_NO_REPLICA_S = 2.0
@@ -19,6 +20,8 @@ def best_replica(
     *,
     model: str,
     cap: int,
+    made_by: str | None = None,
+    policy: ResumePolicy = ResumePolicy.EXACT,
     avoid: Collection[str] = (),
     suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
@@ -28,11 +31,13 @@ def best_replica(
     A session that exists already is placed even where no slack is left, up to `cap` sessions: late
     is better than lost. `avoid` is never chosen; `suspects`, which failed somebody a moment ago but
     still say that they live, only when nobody else has room. `pending` counts sessions sent to a
-    replica since it last spoke. Raises `NoReplica` when none is eligible and `CapacityError` when
-    all eligible ones are at the cap.
+    replica since it last spoke. `made_by` is the fingerprint of the session's last chunk: `policy`
+    says which engines may go on from there, and those that make the same bits come first. Raises
+    `NoReplica` when none is eligible (`NoFittingReplica`: for want of a fitting engine) and
+    `CapacityError` when all eligible ones are at the cap.
     """
     sent = pending or {}
-    eligible = _eligible(replicas, model, avoid)
+    eligible = fitting(_eligible(replicas, model, avoid), made_by, policy)
     open_ones = [r for r in eligible if len(r.sessions) + sent.get(r.id, 0) < cap]
     if not open_ones:
         raise _full(eligible, f"limits.sessions_per_replica is {cap}")
@@ -40,11 +45,24 @@ def best_replica(
         open_ones,
         key=lambda r: (
             r.id in suspects,
+            fit(made_by, r.fingerprint) is not Fit.SAME,
             -slack(r, cap, sent),
             len(r.sessions) + sent.get(r.id, 0),
             r.id,
         ),
     )
+
+
+def fitting(
+    replicas: Sequence[ReplicaRecord], made_by: str | None, policy: ResumePolicy
+) -> list[ReplicaRecord]:
+    """Those that may go on with what `made_by` made. Raises `NoFittingReplica` if none may."""
+    found = [r for r in replicas if allows(policy, fit(made_by, r.fingerprint))]
+    if made_by and replicas and not found:
+        # The nearest one names the smallest difference.
+        near = min(replicas, key=lambda r: (fit(made_by, r.fingerprint).value, r.id))
+        raise unfit(made_by, near.fingerprint)
+    return found
 
 
 def admit(

@@ -105,6 +105,8 @@ class ReplicaRecord:
     state: str = "ready"
     """ready, draining, or drained once no session is left."""
     model: str = ""
+    fingerprint: str = ""
+    """Of its engine; empty: an older release, which does not say."""
     sessions: tuple[str, ...] = ()
     chunk_seconds: float = 0.0
     """Measured seconds of compute per chunk (an exponential mean); 0 until one was made."""

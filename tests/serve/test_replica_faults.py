@@ -133,9 +133,9 @@ def test_old_snapshots_are_pruned_and_pinned_ones_stay():
 
 
 def test_another_kind_of_device_is_marked_and_counted():
-    with Replicas() as bench:
+    with Replicas(resume_policy="compatible") as bench:
         one = bench.start("r1")
-        two = bench.start("r2", FakeEngine(fingerprint="other"))
+        two = bench.start("r2", FakeEngine(fingerprint="fake/other"))
         bench.session()
         asyncio.run(watch(one, bench.claim(one), 0, 6))
         bench.crash(one)

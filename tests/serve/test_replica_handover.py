@@ -260,7 +260,7 @@ def test_a_chunk_in_work_under_an_old_epoch_is_committed_under_the_new_one_befor
         assert bench.engines["r1"].stepped == [0, 1, 2]
 
 
-@pytest.mark.parametrize("other", ["fake", "other"])
+@pytest.mark.parametrize("other", ["fake", "fake/other"])
 def test_an_owner_that_comes_back_before_it_noticed_takes_in_what_another_did(other):
     async def there_and_back(bench, one, two):
         engine = bench.engines["r1"]
@@ -275,7 +275,7 @@ def test_an_owner_that_comes_back_before_it_noticed_takes_in_what_another_did(ot
             engine.may_step.set()
             return heads + await watch(one, bench.claim(one), 6, 3)
 
-    with Replicas(lease_ttl_s=60.0, lease_renew_s=20.0) as bench:
+    with Replicas(lease_ttl_s=60.0, lease_renew_s=20.0, resume_policy="compatible") as bench:
         one, two = bench.start("r1"), bench.start("r2", FakeEngine(fingerprint=other))
         bench.session()
         heads = asyncio.run(there_and_back(bench, one, two))
