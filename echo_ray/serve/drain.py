@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from ray import serve
@@ -68,7 +69,6 @@ class NodeWatch:
         self._drained = drained
         self._clock = clock
         self._nodes = nodes
-        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="node", daemon=True)
 
     def start(self) -> None:
@@ -80,13 +80,9 @@ class NodeWatch:
             return
         self._thread.start()
 
-    def stop(self) -> None:
-        self._stopping.set()
-
     def _run(self) -> None:
-        while not self._stopping.wait(LOOK_S):
-            if self.look():
-                return
+        while not self.look():
+            time.sleep(LOOK_S)
 
     def look(self) -> bool:
         """Whether the node drains; if it does, that is told."""

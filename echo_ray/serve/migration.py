@@ -54,6 +54,7 @@ async def migrate(front: Front, session_id: str, to: str | None = None) -> Move:
             await _tell_owner(front, session_id)
         raise move.failed
     front.telemetry.count("migrations", outcome="ok")
+    log(logging.INFO, "migrated", session=session_id, source=source, target=move.target.id)
     front.relays.tell(session_id, wire.Migrated(owner=move.target.id, epoch=move.epoch))
     front.relays.poke(session_id)
     return Move(session_id, source, move.target.id, move.epoch, moved=True)

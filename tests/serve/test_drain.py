@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 from drain_rig import PROMPT, Rig, run, until, view
 from fakes import FakeClock, FakeEngine
 from replicas import Replicas, eventually
 
 from echo_ray import wire
-from echo_ray.errors import EngineError, StoreUnavailable
-from echo_ray.serve.drain import NodeWatch
+from echo_ray.config import EchoConfig, from_mapping
+from echo_ray.errors import ConfigError, EngineError, StoreUnavailable
+from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.replica import within
 from echo_ray.session.draining import Reason
 from echo_ray.session.records import OnIdle, SessionState
 from echo_ray.session.snapshot import Snapshot
+
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 
 
 def test_every_watched_session_moves_and_nobody_sees_it() -> None:
@@ -276,6 +282,35 @@ def test_sessions_are_moved_no_longer_than_there_is_time(
     drain_s: float, killed_after_s: float | None, expected: float
 ) -> None:
     assert within(drain_s, killed_after_s) == expected
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOYMENTS.glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_deployment_gives_its_replicas_the_time_that_they_take(file: Path) -> None:
+    (app,) = yaml.safe_load(file.read_text())["applications"]
+    replica = next(d for d in app["deployments"] if d["name"] == "GeneratorReplica")
+    drain_s = from_mapping(EchoConfig, app["args"]).session.drain_s
+    assert within(drain_s, replica["graceful_shutdown_timeout_s"]) == drain_s
+
+
+@pytest.mark.parametrize("drain_s", [0, -1, 3601])
+def test_a_time_to_drain_that_cannot_be_is_refused(drain_s: float) -> None:
+    with pytest.raises(ConfigError, match=r"session.drain_s"):
+        from_mapping(EchoConfig, {"session": {"drain_s": drain_s}})
+
+
+def test_outside_of_serve_nothing_is_known_of_the_time_to_stop() -> None:
+    assert stop_budget_s() is None
+
+
+def test_a_python_without_the_hook_costs_the_farewell_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(threading, "_register_atexit", calls.append)
+    before_exit(print)
+    assert calls == [print]
+    monkeypatch.delattr(threading, "_register_atexit")
+    before_exit(print)
 
 
 def test_a_node_that_drains_is_told_once_with_the_time_that_is_left() -> None:

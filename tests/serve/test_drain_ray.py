@@ -331,6 +331,11 @@ def test_a_node_that_is_drained_loses_nothing(cluster: Cluster) -> None:
         await asyncio.to_thread(
             subprocess.run, [*command, *words], check=True, timeout=60, capture_output=True
         )
+        # Seen by the replica itself, long before Serve stops it.
+        page = await asyncio.to_thread(httpx.get, f"http://{target['address']}/metrics")
+        while 'echo_ray_drains_total{reason="node"} 1.0' not in page.text:
+            await asyncio.sleep(0.2)
+            page = await asyncio.to_thread(httpx.get, f"http://{target['address']}/metrics")
 
     everybody = asyncio.run(watched(cluster, drain_node))
     moved(everybody, source[0])

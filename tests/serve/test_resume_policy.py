@@ -12,6 +12,8 @@ from drain_rig import COUNT, PROMPT, Rig, run, until, view
 from fakes import FakeEngine
 
 from echo_ray import wire
+from echo_ray.config import EchoConfig, from_mapping
+from echo_ray.errors import ConfigError
 from echo_ray.session.records import Lease, SessionState
 from echo_ray.session.snapshot import Snapshot
 
@@ -109,3 +111,8 @@ def test_a_replica_refuses_by_itself_what_a_router_should_not_have_sent() -> Non
         assert rig.replicas.engines["b"].stepped == []
 
     run(test)
+
+
+def test_a_policy_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"session.resume_policy: 'loose' .* exact or compatible"):
+        from_mapping(EchoConfig, {"session": {"resume_policy": "loose"}})
