@@ -143,13 +143,14 @@ def decide(
 ) -> Standing | Wait | Claim:
     """What follows from one look at the directory; `first`: the first one of this search.
 
+    Nothing here depends on `wall_s`, the router's clock, which may be seconds off.
     Raises `SessionClosed`, `SessionPaused`, `NoReplica`, `CapacityError`.
     """
     if record.state is SessionState.CLOSED:
         raise SessionClosed(f"session {record.id} is closed; create another one")
     if record.state is SessionState.PAUSED and not ask.wake and record.epoch != ask.last_epoch:
         raise SessionPaused(f"session {record.id} is paused; resume it")
-    owner = _standing(record, replicas, ask.failed, wall_s)
+    owner = _standing(record, replicas, ask.failed)
     if owner is not None:
         return Standing(owner)
     if first and record.epoch > 0:
@@ -182,9 +183,12 @@ def unsettled(session_id: str) -> NoReplica:
 
 
 def _standing(
-    record: SessionRecord, replicas: Sequence[ReplicaRecord], failed: Owner | None, wall_s: float
+    record: SessionRecord, replicas: Sequence[ReplicaRecord], failed: Owner | None
 ) -> Owner | None:
-    if record.state is not SessionState.LIVE or not is_owned(record, wall_s):
+    # A live replica is asked even if its lease looks over from here: the router's clock may be
+    # ahead of the store's, and two such routers would take the session from each other for ever.
+    # A lease that did run out is extended by the asking, or the replica refuses.
+    if record.state is not SessionState.LIVE:
         return None
     if failed is not None and record.epoch <= failed.epoch:
         return None

@@ -28,7 +28,8 @@ def replica(name: str, *sessions: str) -> ReplicaRecord:
 
 A, B = replica("a"), replica("b")
 OWNED = SessionRecord(id="s1", model="m", prompt="p", seed=1, owner="a", epoch=3, lease_until=100.0)
-LOST = replace(OWNED, lease_until=90.0)
+LATE = replace(OWNED, lease_until=90.0)
+LOST = replace(OWNED, owner=None, lease_until=0.0)
 PAUSED = replace(OWNED, state=SessionState.PAUSED, owner=None, lease_until=0.0)
 OWNER = Owner("s1", "a", "a:1", 3)
 
@@ -58,10 +59,16 @@ def test_an_owner_whose_lease_runs_is_followed() -> None:
     assert look(OWNED, A, B, first=True) == Standing(OWNER)
 
 
+def test_a_live_replica_whose_lease_looks_over_is_asked_before_it_is_taken_from() -> None:
+    """A router's clock may be ahead; the replica renews the lease, or refuses and is failed."""
+    assert look(LATE, A, B, first=True) == Standing(OWNER)
+    assert isinstance(look(LATE, A, B, ask=Ask(failed=OWNER)), Claim)
+
+
 @pytest.mark.parametrize(
     ("record", "replicas"),
-    [(LOST, (A, B)), (replace(OWNED, owner=None), (A, B)), (OWNED, (B,))],
-    ids=["the lease ran out", "given up", "the replica is gone"],
+    [(LOST, (A, B)), (OWNED, (B,)), (LATE, (B,))],
+    ids=["given up", "the replica is gone", "the lease ran out as well"],
 )
 def test_a_lost_session_is_claimed_at_the_second_look(
     record: SessionRecord, replicas: tuple[ReplicaRecord, ...]
