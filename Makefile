@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray bench demo parity train chaos check clean
+.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray sim bench demo parity train chaos check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ test-slow: $(STAMP) ## the long tests: random faults, old age, restarts, the pag
 
 test-ray: $(STAMP) ## only the tests on a real Ray cluster
 	$(BIN)/pytest -m "ray and not bench"
+
+SEED ?= 0
+STEPS ?= 100000
+JOBS ?= $(shell nproc)
+
+sim: $(STAMP) ## the simulation: STEPS= seeds from SEED= on in JOBS= processes; STEPS=1 prints its log
+	cd tests && ../$(BIN)/python -m sim --seed $(SEED) --steps $(STEPS) --jobs $(JOBS)
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
 	$(BIN)/pytest -m bench --benchmark-only --benchmark-columns=median,iqr,min,max,rounds --benchmark-sort=name
