@@ -200,11 +200,13 @@ async def watched(cluster: Cluster, disturb: Disturb, *, sessions: int = 3) -> l
 
 
 async def gather_at(cluster: Cluster, ids: list[str]) -> dict[str, Any]:
-    """Move all sessions to one replica; returns it."""
+    """Move all sessions to one replica and let it serve them for a moment; returns it."""
     target = (await asyncio.to_thread(cluster.replicas))[0]
     async with EchoClient(cluster.url) as client:
         for session_id in ids:
             await client.migrate(session_id, to=target["id"])
+    # Until viewers have seen segments of it.
+    await asyncio.sleep(1.5)
     return target
 
 
