@@ -45,7 +45,7 @@ class Pull:
 
     def run(self) -> Process:
         """The pull's process: until the viewer goes or the session ends."""
-        self._router.pulls.add(self)
+        self._router.pulls[self] = None
         while not self._left():
             now_s = self._host.monotonic()
             match pulling.work(self._now, now_s, wake=self._wake):
@@ -59,7 +59,7 @@ class Pull:
                     self._out.send(error)
                     break
         self._acks.close()
-        self._router.pulls.discard(self)
+        self._router.pulls.pop(self, None)
 
     def poke(self) -> None:
         """The record has changed: look at it again at once."""

@@ -44,7 +44,8 @@ class Router:
 
     def _begin(self) -> None:
         self._memory = Memory()
-        self.pulls: set[Pull] = set()
+        self.pulls: dict[Pull, None] = {}
+        """In the order in which they began."""
 
     def start(self) -> None:
         """Begin as an empty process."""
