@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-from chaos.cage import adopt_orphans, find_cage, kill_descendants
+from chaos.cage import adopt_orphans, die_with_parent, find_cage, kill_descendants
 
 START_S = 180
 FAULT_S = 20
@@ -41,7 +41,12 @@ def main() -> int:
     inside = {INSIDE: "caged" if cage.prefix else "open"}
     limit_s = START_S + FAULT_S * wish.faults
     # A session of its own, so that Ctrl-C reaches this process only, which ends all the others.
-    child = subprocess.Popen(command, env={**os.environ, **inside}, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, **inside},
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
     try:
         return child.wait(limit_s)
     except subprocess.TimeoutExpired:

@@ -53,9 +53,10 @@ class Balancer:
         return [door.address for door in self._doors.values() if door.up]
 
     @property
-    def busy(self) -> set[Address]:
-        """Doors with connections."""
-        return {door.address for door in self._doors.values() if door.connections}
+    def busiest(self) -> Address | None:
+        """The door with the most connections that answers."""
+        up = [door for door in self._doors.values() if door.up]
+        return max(up, key=lambda d: len(d.connections)).address if up else None
 
     async def _look(self) -> None:
         while True:

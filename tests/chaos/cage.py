@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 HEAD = "10.77.0.1"
 STORES = "10.77.0.2"
@@ -50,6 +52,11 @@ def find_cage() -> Cage:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def kill_descendants() -> int:

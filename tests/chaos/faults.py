@@ -235,11 +235,12 @@ class Trouble:
         return psutil.Process(self.rng.choice(busy or sorted(known)))
 
     async def _busy_router(self) -> psutil.Process:
-        """A router that somebody is connected to, if there is one."""
-        busy = {ip for ip, _ in self.balancer.busy}
-        nodes = [n for n in self._nodes() if n.ip in busy]
-        found = [r for n in nodes for r in await asyncio.to_thread(self.cluster.workers, ROUTER, n)]
-        return self.rng.choice(found) if found else await self._one(ROUTER)
+        """The router that most are connected to."""
+        ip, _ = self.balancer.busiest or ("", 0)
+        for node in (n for n in self._nodes() if n.ip == ip):
+            for router in await asyncio.to_thread(self.cluster.workers, ROUTER, node):
+                return router
+        return await self._one(ROUTER)
 
     async def _busy_node(self) -> Node:
         replica = await self._busy_replica()

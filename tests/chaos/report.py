@@ -79,7 +79,10 @@ def losses(viewing: Viewing, truth: Sequence[str], last: int) -> Losses:
     return Losses(
         lost=len(set(range(last + 1)) - set(seen)),
         duplicated=len(seen) - len(set(seen)) + sum(b < a for a, b in pairwise(seen)),
-        differing=sum(truth[i] != d for i, d in zip(seen, viewing.digests, strict=True)),
+        differing=sum(
+            truth[i] != digest or i in viewing.marked
+            for i, digest in zip(seen, viewing.digests, strict=True)
+        ),
     )
 
 
@@ -120,8 +123,8 @@ def examine(findings: Findings, shows: Sequence[Show], shape: StreamShape, engin
             findings.segments += len(viewing.indices)
             findings.losses.lost += found.lost
             findings.losses.duplicated += found.duplicated
-            findings.losses.differing += found.differing + len(viewing.marked)
-            if found.any or viewing.marked or viewing.broken:
+            findings.losses.differing += found.differing
+            if found.any or viewing.broken:
                 what = f"{viewing.name}: {asdict(found)}, marked {viewing.marked}"
                 findings.broken.append(f"{what}, {viewing.broken or 'read to its end'}")
             _place(findings.windows, viewing, shape)
