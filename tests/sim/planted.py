@@ -21,6 +21,7 @@ from sim.stream import StreamState
 from echo_ray.errors import SegmentExpired
 from echo_ray.session import control_log, locating, moving, owner_events, owning, pulling
 from echo_ray.session.lease import LeaseView
+from echo_ray.session.records import SessionState
 from echo_ray.session.replay import ControlLog
 from echo_ray.storage.memory import MemoryDirectory
 
@@ -153,6 +154,20 @@ def move_skips(plant: Plant) -> None:
 
     plant(Router, "_step", step)
     plant(Progress, "_refresh", refresh)
+
+
+def move_stops_the_owner(plant: Plant) -> None:
+    """A move takes the session from its owner before the target begins to catch up."""
+    right = Router._step
+
+    def step(self: Router, move: Any) -> Process:
+        if move.work is moving.Work.PREPARE:
+            yield from self._store.set_state(self.host, move.record.id, SessionState.PAUSED)
+            yield Sleep(8)
+            yield from self._store.set_state(self.host, move.record.id, SessionState.LIVE)
+        return (yield from right(self, move))
+
+    plant(Router, "_step", step)
 
 
 def _follow(router: Router, move: Any) -> Process:

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 from sim import planted
 from sim.ledger import Breach
-from sim.plans import TINY, Plan, plan_of
+from sim.plans import CALM, TINY, Plan, plan_of
 from sim.scenario import run
 
 STORM = replace(
     TINY,
     name="storm",
-    faults=("bad weather", "process isolated", "link cut", "replica stopped", "process slow"),
-    faults_per_s=2.0,
+    sessions=4,
+    faults=("bad weather", "process isolated", "replica stopped"),
+    faults_per_s=3.0,
 )
 """Owners are lost all the time, and what they sent still comes."""
 
@@ -66,9 +67,16 @@ def test_snapshots_without_a_fence_are_found_when_messages_come_late(
 ) -> None:
     """It takes an owner that is replaced between its own look at its lease and the store's."""
     planted.no_fence_on_snapshots(monkeypatch.setattr)
-    what = found(range(400), STORM)
+    what = found(range(100), STORM)
     assert what is not None
     assert "records a snapshot after a newer one" in what
+
+
+def test_a_move_that_is_felt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.move_stops_the_owner(monkeypatch.setattr)
+    what = found(range(20), CALM)
+    assert what is not None
+    assert "stalled for" in what
 
 
 def test_routers_that_believe_their_own_clocks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
