@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from echo_ray.config import EchoConfig
-from echo_ray.errors import ArchiveTruncated, CapacityError, EchoError, InvalidRequestError
-from echo_ray.serve.body_limit import DISCARD_BYTES, DISCARD_S, RETRY_BUSY_S, Answer, BodyLimit
+from echo_ray.errors import ArchiveTruncated, CapacityError, InvalidRequestError
+from echo_ray.serve.body_limit import RETRY_BUSY_S, Answer, BodyLimit
 from echo_ray.session.archive import too_large
 
 IMPORT_PATH = "/v1/sessions/import"
@@ -67,17 +67,13 @@ class Transfers:
 
         Raises `InvalidRequestError`, `ArchiveTooLarge`, `ArchiveTruncated`, `CapacityError`.
         """
-        try:
-            kind = request.headers.get("content-type", "")
-            if kind.partition(";")[0].strip().lower() != ARCHIVE:
-                raise InvalidRequestError(
-                    f"a body of type {kind[:80]!a} is not understood; send {ARCHIVE}",
-                    param="content-type",
-                )
-            self.enter()
-        except EchoError:
-            await _discard(request)
-            raise
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != ARCHIVE:
+            raise InvalidRequestError(
+                f"a body of type {kind[:80]!a} is not understood; send {ARCHIVE}",
+                param="content-type",
+            )
+        self.enter()
         try:
             yield await _read(request, limit_bytes)
         finally:
@@ -122,18 +118,6 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
     except ClientDisconnect as error:
         raise ArchiveTruncated("the client left before its archive was whole") from error
     if size > limit_bytes:
-        parts.clear()
-        await _discard(request)
+        # The server reads on after the answer, so that a client that is still sending sees it.
         raise too_large(limit_bytes)
     return await asyncio.to_thread(b"".join, parts)
-
-
-async def _discard(request: Request) -> None:
-    """Read on for a while: a client that is still sending would not see the answer."""
-    left = DISCARD_BYTES
-    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(DISCARD_S):
-            async for part in request.stream():
-                left -= len(part)
-                if left < 0:
-                    return

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from forking_rig import ARCHIVE, BLOB, LIMIT, file_of, imported, only, planted, refusal
+from forking_rig import ARCHIVE, BINARY, BLOB, LIMIT, file_of, imported, only, planted, refusal
 from router_rig import CONFIG, Rig, eventually, run
 from uploads import still
+from uvicorn.config import HTTP_PROTOCOLS
 
 from echo_ray.config import StorageSection
 from echo_ray.serve import archive_body
@@ -106,7 +107,10 @@ def test_too_many_events_for_this_service() -> None:
     run(test, few)
 
 
-def test_over_the_limit() -> None:
+@pytest.mark.parametrize("parser", ["h11_impl:H11Protocol", "httptools_impl:HttpToolsProtocol"])
+def test_over_the_limit(monkeypatch: pytest.MonkeyPatch, parser: str) -> None:
+    # Whichever is installed: it goes on reading after its answer.
+    monkeypatch.setitem(HTTP_PROTOCOLS, "auto", f"uvicorn.protocols.http.{parser}")
     small = replace(
         CONFIG,
         storage=StorageSection(snapshot_limit_bytes=2048),
@@ -118,12 +122,28 @@ def test_over_the_limit() -> None:
         rig.router()
         big = file_of(replace(ARCHIVE, snapshot=bytes(3 * 2**20)))
         refusal(await imported(rig, big), 413, "archive_too_large", "storage.snapshot_limit_bytes")
+        assert b"archive_too_large" in await sent_to_the_end(rig, 40 * 2**20)
         # Below the limit of the file, and over that of a snapshot.
         some = file_of(replace(ARCHIVE, snapshot=bytes(4096)))
         refusal(await imported(rig, some), 400, "snapshot_invalid", "2048")
         assert only(rig)
 
     run(test, small)
+
+
+async def sent_to_the_end(rig: Rig, size: int) -> bytes:
+    """The answer to a client that sends its whole body before it listens."""
+    host, _, port = rig.routers[0].address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    lines = ("POST /v1/sessions/import HTTP/1.1", "Host: x", f"Content-Length: {size}", "\r\n")
+    head = "\r\n".join((*lines[:3], f"Content-Type: {BINARY['Content-Type']}", *lines[3:]))
+    writer.write(head.encode())
+    for _ in range(size // 2**20):
+        writer.write(bytes(2**20))
+        await writer.drain()
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 10)
+    writer.close()
+    return answer
 
 
 def test_a_strangers_clip_is_read_as_an_upload() -> None:

@@ -324,6 +324,9 @@ def test_without_its_clip_only_a_snapshot_leads_on(tmp_path: Path) -> None:
         sid = await here.begun(8, clip=CLIP)
         clip = here.directory.get(sid).clip
         assert clip is not None
+        here.replicas.snapshots.put(sid, clip.id, CLIP[:-1])
+        with pytest.raises(ClipLost, match="not what was uploaded"):
+            await here.client.fork(sid, 2)
         here.replicas.snapshots.delete(sid, clip.id)
         with pytest.raises(ClipLost, match="begin at a later chunk"):
             await here.client.fork(sid, 2)
