@@ -47,11 +47,11 @@ def test_every_kind_of_plan_is_drawn() -> None:
 
 
 def test_accounts_add_up_the_same_in_one_process_and_in_two() -> None:
-    one, two = account.run_all(0, 120, 1), account.run_all(0, 120, 2)
+    one, two = account.run_all(0, 60, 1), account.run_all(0, 60, 2)
     assert one == two
-    assert one.seeds == 120
+    assert one.seeds == 60
     text = account.summary(one, 60.0)
-    assert re.search(r"seeds +120 in 1\.0 minutes: tiny 106, calm 12, long 2", text)
+    assert re.search(r"seeds +60 in 1\.0 minutes: tiny 54, calm 5, long 1", text)
     assert "breaches       0" in text
 
 
