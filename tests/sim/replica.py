@@ -201,7 +201,8 @@ class Replica:
                 return f"{self.id} keeps {kept} segments of {seat.record.id}"
         if len(self.sessions) > 2 * SLOTS:
             return f"{self.id} has {len(self.sessions)} seats"
-        if len(self.writer) > 2 * len(self.sessions) + 2:
+        # Those of sessions that have ended wait as well, for the writer to see that they have.
+        if len(self.writer) > 4 * SLOTS:
             return f"{self.id} has {len(self.writer)} writes waiting"
         return None
 
