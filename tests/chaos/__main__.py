@@ -79,10 +79,11 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _keep_logs(folder: Path, out: Path) -> None:
-    """What routers, replicas and servers said; of Ray's own logs nothing."""
+    """What routers, replicas, servers and Ray Serve's controllers said."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    for log in [*folder.glob("*.log"), *folder.glob("*/session_*/logs/worker-*.err")]:
+    kept = ("*.log", "*/session_*/logs/worker-*.err", "*/session_*/logs/serve/controller_*.log")
+    for log in (file for pattern in kept for file in folder.glob(pattern)):
         if log.stat().st_size:
             shutil.copy(log, out / log.name)
 

@@ -142,6 +142,14 @@ class Cluster:
                 continue
         node.process.wait()
 
+    def given_up(self) -> list[Node]:
+        """Nodes that ended by themselves: Ray had declared them dead while they were cut off."""
+        return [
+            node
+            for node in self.nodes
+            if node.number not in self.gone and node.process.poll() is not None
+        ]
+
     def restart_node(self, node: Node) -> None:
         node.process = self._start_node(node.number).process
         self.gone.discard(node.number)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import psutil
@@ -110,10 +111,17 @@ class Trouble:
         limit = time.monotonic() + HEAL_LIMIT_S
         while time.monotonic() < limit:
             await asyncio.to_thread(self.cluster.reap)
+            for node in self.cluster.given_up():
+                # Whatever runs nodes starts a container again that has ended.
+                self.cluster.gone.add(node.number)
+                self._later(0.0, partial(self.cluster.restart_node, node))
             if len(self.balancer.up) >= 2 and len(await self._replicas()) >= 2:
                 return
             await asyncio.sleep(0.3)
-        raise RuntimeError(f"the cluster did not heal within {HEAL_LIMIT_S:g} s")
+        raise TimeoutError(
+            f"the cluster did not heal within {HEAL_LIMIT_S:g} s: "
+            f"routers {self.balancer.up}, replicas {await self._replicas()}"
+        )
 
     async def settled(self) -> None:
         """Repairs are done; whatever was stopped goes on."""

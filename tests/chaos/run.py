@@ -83,8 +83,11 @@ class Run:
             await trouble.healed()
             playing = asyncio.create_task(audience.play())
             await self._calm(audience)
-            for number, kind in enumerate(self._kinds(), 1):
-                await self._one(number, kind, trouble, audience)
+            try:
+                for number, kind in enumerate(self._kinds(), 1):
+                    await self._one(number, kind, trouble, audience)
+            except TimeoutError as e:
+                self._findings.broken.append(str(e))
             await trouble.settled()
             audience.end()
             await playing
