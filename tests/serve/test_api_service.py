@@ -172,6 +172,7 @@ def test_openapi_lists_every_route() -> None:
             ("get", f"{one}/segments/{{n}}"),
             ("get", f"{one}/stream.mjpeg"),
             ("get", "/v1/admin/replicas"),
+            ("post", "/v1/admin/replicas/{replica_id}/drain"),
             ("post", "/v1/admin/sessions/{session_id}/migrate"),
             ("get", "/v1/models"),
             ("get", "/healthz"),
