@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from echo_ray.clock import Clock
-from echo_ray.errors import EngineError
+from echo_ray.errors import EngineError, SnapshotCorrupt
 from echo_ray.serve.accounts import ProgressAccounts
 from echo_ray.serve.fetch import Fetch, Fetched
 from echo_ray.serve.segments import Segment
@@ -42,7 +42,13 @@ class Bench:
         if fetched.snapshot is None:
             record = fetched.record
             return self.engine.open(record.prompt, record.seed, fetched.first_frames)
-        return self.engine.load(fetched.snapshot)
+        state = self.engine.load(fetched.snapshot)
+        if state.next_index != fetched.index:
+            raise SnapshotCorrupt(
+                f"the snapshot is of chunk {state.next_index}, its reference says {fetched.index}; "
+                "it is of another point or another session"
+            )
+        return state
 
     def step(self, state: State, controls: ControlLog) -> Segment:
         """Make the state's next chunk. Whatever is raised, the state is lost."""

@@ -21,6 +21,7 @@ _EARLIEST, _LATEST = 0.75, 1.25
 def orphans(records: list[SessionRecord], watched: set[str], now: float) -> list[SessionRecord]:
     """Sessions to adopt: begun, live, going on without viewers, and their lease has run out.
 
+    One that was given a past has begun, though nobody owned it yet.
     `watched` sessions have an upstream here, which looks after them quicker.
     """
     return [
@@ -28,7 +29,7 @@ def orphans(records: list[SessionRecord], watched: set[str], now: float) -> list
         for r in records
         if r.state is SessionState.LIVE
         and r.on_idle is OnIdle.CONTINUE
-        and r.epoch > 0
+        and (r.epoch > 0 or r.next_index > 0)
         and r.lease_until <= now
         and r.id not in watched
     ]

@@ -111,6 +111,24 @@ def test_snapshots_that_cannot_be_written_or_read_cost_time_and_no_chunk():
         assert bench.engines["r2"].loaded == []
 
 
+def test_a_snapshot_of_another_point_is_refused():
+    with Replicas() as bench:
+        one, two = bench.start("r1"), bench.start("r2")
+        bench.session()
+        epoch = bench.claim(one)
+        first = asyncio.run(watch(one, epoch, 0, 5))
+        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
+        early = bench.snapshots.get("s1", bench.directory.snapshots("s1")[0].id)
+        first += asyncio.run(watch(one, epoch, 5, 5))
+        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 2)
+        bench.crash(one)
+        bench.snapshots.put("s1", bench.directory.snapshots("s1")[0].id, early)
+        second = asyncio.run(watch(two, bench.claim(two), 10, 3))
+        assert digests(first + second) == truth(13)
+        assert two.telemetry.value("echo_ray_snapshots_total", outcome="refused") == 1
+        assert bench.engines["r2"].loaded == [4, 4]
+
+
 def test_old_snapshots_are_pruned_and_pinned_ones_stay():
     with Replicas(snapshots_kept=2) as bench:
         one = bench.start("r1", FakeEngine(point_every=2))
