@@ -201,6 +201,11 @@ class EchoClient:
         path = f"/v1/admin/sessions/{session_id}/migrate"
         return await self._call("POST", path, {"to": to} if to else {})
 
+    async def drain(self, replica_id: str, *, deadline_s: float | None = None) -> dict[str, Any]:
+        """Have a replica's sessions moved elsewhere; what is left after `deadline_s` is parked."""
+        body = {} if deadline_s is None else {"deadline_s": deadline_s}
+        return await self._call("POST", f"/v1/admin/replicas/{replica_id}/drain", body)
+
     async def ready(self) -> bool:
         """Whether the service answers and has a replica."""
         try:

@@ -177,10 +177,12 @@ class GoingAway(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done(Message):
-    """The session has ended; the socket closes with 1000. `reason`: closed or deleted."""
+    """The session has ended; the socket closes with 1000. `reason`: closed, deleted or rewound."""
 
     type = "session.done"
     reason: str = "closed"
+    successor: str | None = None
+    """The session that took its place, if it was rewound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from echo_ray import wire
 from echo_ray.errors import (
@@ -50,14 +50,6 @@ COPIES_AT_ONCE = 2
 """Sessions whose blobs are in this router's memory to be copied; the next one waits."""
 CLOSE_TRIES = 3
 CLOSE_PAUSE_S = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rewound(wire.Done):
-    """The session ended because another one took its place, from an earlier chunk on."""
-
-    reason: str = "rewound"
-    successor: str = ""
 
 
 class Forks:
@@ -119,7 +111,7 @@ class Forks:
             await front.admit(made)
         await self._copy(source, made, None)
         # Before it is closed: else they might hear of that alone.
-        front.relays.finish(source.id, Rewound(successor=made.id))
+        front.relays.finish(source.id, wire.Done(reason="rewound", successor=made.id))
         await self._close(source, made)
         await self._begin(made)
         log(logging.INFO, "rewound", session=made.id, source=source.id, chunk=at)
@@ -273,14 +265,10 @@ class Forks:
         return replace(archive, record=record)
 
     async def _check_runs_here(self, archive: Archive) -> None:
-        """Refuse what the engines here would; they are known by the sessions that they make."""
-        records = await self._front.all_sessions()
-        running = {
-            r.fingerprint: None
-            for r in records
-            if r.fingerprint and r.model == archive.record.model and self._front.owners.is_owned(r)
-        }
-        forking.check_fingerprint(archive.record.fingerprint, list(running))
+        """Refuse what the engines here would."""
+        replicas = await asyncio.to_thread(self._front.directory.replicas)
+        running = [r.fingerprint for r in replicas if r.model == archive.record.model]
+        forking.check_fingerprint(archive.record.fingerprint, list(filter(None, running)))
 
     # Planting
 

@@ -64,7 +64,6 @@ class Owners:
                     policy=self._policy,
                     suspects=self._memory.suspects(now_s),
                     pending=self._memory.pending(replicas, now_s),
-                    wall_s=self._clock.wall(),
                 )
                 match decision:
                     case Standing(owner):

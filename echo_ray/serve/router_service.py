@@ -51,6 +51,8 @@ def web_server(app: FastAPI, http: HttpSection) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            # Its own would close the handlers of Serve, which then takes the router for broken.
+            log_config=None,
             log_level="error",
             access_log=False,
             lifespan="off",

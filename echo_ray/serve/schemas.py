@@ -161,6 +161,7 @@ class ReplicaView(BaseModel):
     sessions: list[str]
     chunk_seconds: float
     free_slots: int
+    fingerprint: str
 
     @classmethod
     def of(cls, record: ReplicaRecord) -> ReplicaView:
@@ -173,6 +174,7 @@ class ReplicaView(BaseModel):
             sessions=list(record.sessions),
             chunk_seconds=record.chunk_seconds,
             free_slots=record.free_slots,
+            fingerprint=record.fingerprint,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from echo_ray.errors import ChunkUnreachable, InvalidRequestError, SegmentBeyondEnd, SnapshotForeign
 from echo_ray.session.control_log import DIGESTS_KEPT, LAST_CHUNK, check_new, check_text
+from echo_ray.session.fingerprint import model_of
 from echo_ray.session.records import (
     ControlEntry,
     OnIdle,
@@ -165,18 +166,13 @@ def forked(
     )
 
 
-def same_model(one: str, other: str) -> bool:
-    """Whether engines of these fingerprints load each other's snapshots: all but the rounding."""
-    return one.rsplit("/", 1)[0] == other.rsplit("/", 1)[0]
-
-
 def check_fingerprint(theirs: str | None, running: Sequence[str]) -> None:
     """Refuse what no engine of those that run here would load. Raises `SnapshotForeign`."""
-    if theirs is None or not running or any(same_model(theirs, ours) for ours in running):
+    if theirs is None or not running or model_of(theirs) in map(model_of, running):
         return
     raise SnapshotForeign(
-        f"the snapshot is of {theirs.rsplit('/', 1)[0]!r}; here runs "
-        f"{running[0].rsplit('/', 1)[0]!r}: other weights or another release; use it there",
+        f"the snapshot is of {model_of(theirs)!r}; here runs "
+        f"{model_of(running[0])!r}: other weights or another release; use it there",
         param="fingerprint",
     )
 

@@ -139,11 +139,10 @@ def decide(
     policy: ResumePolicy = ResumePolicy.EXACT,
     suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
-    wall_s: float,
 ) -> Standing | Wait | Claim:
     """What follows from one look at the directory; `first`: the first one of this search.
 
-    Nothing here depends on `wall_s`, the router's clock, which may be seconds off.
+    Nothing here depends on the router's clock, which may be seconds off.
     Raises `SessionClosed`, `SessionPaused`, `NoReplica`, `CapacityError`.
     """
     if record.state is SessionState.CLOSED:

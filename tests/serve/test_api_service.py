@@ -34,6 +34,7 @@ def test_replicas_are_listed() -> None:
             "sessions",
             "chunk_seconds",
             "free_slots",
+            "fingerprint",
         }
         assert [sid] in [r["sessions"] for r in shown]
 
@@ -171,6 +172,10 @@ def test_openapi_lists_every_route() -> None:
             ("post", f"{one}/snapshots"),
             ("get", f"{one}/segments/{{n}}"),
             ("get", f"{one}/stream.mjpeg"),
+            ("post", f"{one}/fork"),
+            ("post", f"{one}/rewind"),
+            ("get", f"{one}/export"),
+            ("post", "/v1/sessions/import"),
             ("get", "/v1/admin/replicas"),
             ("post", "/v1/admin/replicas/{replica_id}/drain"),
             ("post", "/v1/admin/sessions/{session_id}/migrate"),

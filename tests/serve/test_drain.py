@@ -17,7 +17,7 @@ from replicas import Replicas, eventually
 
 from echo_ray import wire
 from echo_ray.config import EchoConfig, from_mapping
-from echo_ray.errors import ConfigError, EngineError, StoreUnavailable
+from echo_ray.errors import ConfigError, EngineError, ReplicaNotFound, StoreUnavailable
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.replica import within
 from echo_ray.session.draining import Reason
@@ -88,7 +88,11 @@ def test_sessions_without_viewers_move_too() -> None:
         a.host.own("s1", rig.replicas.claim(a))
         await until(lambda: rig.replicas.directory.get("s1").next_index > 3)
         rig.replicas.start("b")
-        assert (await rig.drain("a")).status_code == 202
+        asked = await rig.clients[0].drain("a", deadline_s=7.0)
+        assert (asked["id"], asked["state"]) == ("a", "draining")
+        assert 0 < asked["deadline_s"] <= 7.0
+        with pytest.raises(ReplicaNotFound, match="live: a"):
+            await rig.clients[0].drain("nobody")
         await until(lambda: rig.owner("s1") == "b")
         await until(lambda: rig.state("a") == "drained")
 

@@ -51,7 +51,6 @@ def look(
         cap=cap,
         suspects=memory.suspects(0.0),
         pending=memory.pending(replicas, 0.0),
-        wall_s=95.0,
     )
 
 

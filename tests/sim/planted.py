@@ -76,14 +76,15 @@ def pause_without_fence(plant: Plant) -> None:
 
 def clocks_believed(plant: Plant) -> None:
     """A router takes a session from its owner when its own clock says that the lease is over."""
-    right = locating.decide
+    right = Store.get
 
-    def decide(record: Any, replicas: Any, ask: Any, **how: Any) -> Any:
-        if not locating.is_owned(record, how["wall_s"]):
+    def get(self: Store, caller: Host, session_id: str) -> Process:
+        record = yield from right(self, caller, session_id)
+        if caller.name.startswith("t") and not locating.is_owned(record, caller.wall()):
             record = replace(record, owner=None)
-        return right(record, replicas, ask, **how)
+        return record
 
-    plant(locating, "decide", decide)
+    plant(Store, "get", get)
 
 
 def callers_deadlines(plant: Plant) -> None:

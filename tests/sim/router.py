@@ -79,7 +79,6 @@ class Router:
                 cap=SLOTS,
                 suspects=self._memory.suspects(now_s),
                 pending=self._memory.pending(replicas, now_s),
-                wall_s=self.host.wall(),
             )
             match decision:
                 case Standing(owner):
