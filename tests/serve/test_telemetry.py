@@ -81,6 +81,28 @@ def lines():
     logger.setLevel(before[1])
 
 
+def test_an_outage_of_a_store_is_said_once_a_second_and_counted(lines):
+    factory, now = logging.getLogRecordFactory(), [0.0]
+
+    def record(*args, **kwargs):
+        made = factory(*args, **kwargs)
+        made.created = now[0]
+        return made
+
+    logging.setLogRecordFactory(record)
+    try:
+        for now[0] in (1000.0, 1000.1, 1000.9, 1001.1, 1001.2, 1030.0):
+            log(logging.WARNING, "store_failed", session="s1", op="progress", error="gone")
+            log(logging.WARNING, "store_failed", session="s1", op="renew", error="gone")
+            log(logging.WARNING, "lease_lost", session="s1", reason="expired")
+    finally:
+        logging.setLogRecordFactory(factory)
+    said = [line for line in lines() if line["event"] == "store_failed"]
+    assert [line.get("unsaid") for line in said if line["op"] == "renew"] == [None, 2, 1]
+    assert len(said) == 2 * 3
+    assert len(lines()) - len(said) == 6
+
+
 def test_log_lines_are_json_objects_with_their_fields(lines):
     log(logging.INFO, "resumed", session="s1", seconds=0.5)
     log(logging.DEBUG, "too_quiet")
