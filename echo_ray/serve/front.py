@@ -139,6 +139,10 @@ class Front:
     async def all_sessions(self) -> list[SessionRecord]:
         return list(await asyncio.to_thread(self.directory.list))
 
+    async def orphans(self) -> list[SessionRecord]:
+        """Sessions that go on without viewers and wait for an owner."""
+        return list(await asyncio.to_thread(self.directory.orphans))
+
     async def delete(self, session_id: str) -> None:
         """Forget the session: its owner is fenced, its viewers are told, its snapshots go."""
         await asyncio.to_thread(self.directory.delete, session_id)
@@ -292,8 +296,7 @@ class Front:
 
     async def _check_count(self) -> None:
         limit = self.config.limits.sessions
-        records = await asyncio.to_thread(self.directory.list)
-        if sum(r.state is not SessionState.CLOSED for r in records) >= limit:
+        if await asyncio.to_thread(self.directory.count_open) >= limit:
             raise CapacityError(
                 f"{limit} sessions are open (limits.sessions); delete one or retry",
                 retry_after_s=RETRY_FULL_S,

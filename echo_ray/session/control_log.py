@@ -20,7 +20,14 @@ from echo_ray.errors import (
     SessionNotFound,
     SnapshotNotFound,
 )
-from echo_ray.session.records import ControlEntry, Lease, SessionRecord, SessionState, SnapshotRef
+from echo_ray.session.records import (
+    ControlEntry,
+    Lease,
+    OnIdle,
+    SessionRecord,
+    SessionState,
+    SnapshotRef,
+)
 
 DIGESTS_KEPT = 4096
 """Committed digests that a store keeps per session; older ones are deleted."""
@@ -104,6 +111,20 @@ def check_new(record: SessionRecord) -> None:
 def holds(record: SessionRecord, lease: Lease) -> bool:
     """Whether the lease is the one that owns the session now."""
     return record.epoch == lease.epoch and record.owner == lease.owner
+
+
+def goes_on(record: SessionRecord) -> bool:
+    """Whether the session is to be generated though nobody watches: live, and begun once.
+
+    Begun is also what was given a past that nobody has owned yet.
+    """
+    begun = record.epoch > 0 or record.next_index > 0
+    return begun and record.state is SessionState.LIVE and record.on_idle is OnIdle.CONTINUE
+
+
+def orphaned(record: SessionRecord, now: float) -> bool:
+    """Whether the session goes on and nobody holds a lease on it; `now` by the lease's clock."""
+    return goes_on(record) and record.lease_until <= now
 
 
 def check_fence(record: SessionRecord, lease: Lease) -> None:

@@ -3,6 +3,10 @@
 Both are synchronous; services call them from threads. Every method raises `StoreUnavailable` (or
 `StoreFull`, `StoreCorrupt`) when the store itself fails, and then nothing was changed.
 
+Deadlines (`lease_until`, `alive_until`) go by one clock, the store's own where it has one, and are
+handed out as times of the caller's wall clock: what is left of them is right, whatever time the
+caller believes it to be.
+
 A write that carries a lease is *fenced*: unless its epoch and owner are the session's current ones
 it raises `Fenced` and changes nothing. On an unknown session every method raises `SessionNotFound`.
 A refused call changes nothing either. The rules themselves stand in `session/control_log.py`.
@@ -43,7 +47,22 @@ class Directory(Protocol):
         ...
 
     def list(self) -> Sequence[SessionRecord]:
-        """All sessions, oldest first."""
+        """All sessions, oldest first: as much work as there are sessions."""
+        ...
+
+    def orphans(self) -> Sequence[SessionRecord]:
+        """Sessions that go on without viewers and on which nobody holds a lease, oldest first.
+
+        As much work as there are such sessions, whatever the number of others. One whose owner or
+        state changed when a process or the store failed may be left out for a minute.
+        """
+        ...
+
+    def count_open(self) -> int:
+        """How many sessions are not closed, at little cost.
+
+        After a failure a few too many for a minute or so, but never too few.
+        """
         ...
 
     def delete(self, session_id: str) -> None:

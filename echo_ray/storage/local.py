@@ -18,7 +18,14 @@ from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LAST_CHUNK, LoggedControl
 from echo_ray.session.forking import Past, check_past
-from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+from echo_ray.session.records import (
+    ControlEntry,
+    Lease,
+    ReplicaRecord,
+    SessionRecord,
+    SessionState,
+    SnapshotRef,
+)
 from echo_ray.storage import sqlite_rows as rows
 from echo_ray.storage.local_snapshots import LocalSnapshots
 from echo_ray.storage.sqlite_file import Channel, prepare
@@ -80,6 +87,24 @@ class LocalDirectory:
         sql = f"SELECT {rows.SESSION_COLUMNS} FROM sessions ORDER BY created_at, seq"
         with self._reading.read() as db:
             return [rows.session_from(row)[1] for row in db.execute(sql)]
+
+    def orphans(self) -> Sequence[SessionRecord]:
+        now = self._clock.wall()
+        # A scan inside SQLite, of one machine's sessions; hardly any of them come out of it.
+        sql = (
+            f"SELECT {rows.SESSION_COLUMNS} FROM sessions WHERE state = ? AND lease_until <= ? "
+            "ORDER BY created_at, seq"
+        )
+        with self._reading.read() as db:
+            found = db.execute(sql, (SessionState.LIVE.value, now))
+            records = [rows.session_from(row)[1] for row in found]
+        return [r for r in records if control_log.orphaned(r, now)]
+
+    def count_open(self) -> int:
+        sql = "SELECT count(*) FROM sessions WHERE state != ?"
+        with self._reading.read() as db:
+            (count,) = db.execute(sql, (SessionState.CLOSED.value,)).fetchone()
+            return int(count)
 
     def delete(self, session_id: str) -> None:
         with self._durable.write() as db:

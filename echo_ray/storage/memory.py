@@ -13,7 +13,14 @@ from echo_ray.clock import Clock, SystemClock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
-from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+from echo_ray.session.records import (
+    ControlEntry,
+    Lease,
+    ReplicaRecord,
+    SessionRecord,
+    SessionState,
+    SnapshotRef,
+)
 from echo_ray.session.sweep import StoredBlob
 from echo_ray.storage.blob_names import check_ids, check_size
 from echo_ray.storage.one_tier import OneTier
@@ -61,6 +68,13 @@ class MemoryDirectory:
         with self._lock:
             records = [s.record for s in self._sessions.values()]
         return sorted(records, key=lambda r: r.created_at)
+
+    def orphans(self) -> Sequence[SessionRecord]:
+        now = self._clock.wall()
+        return [r for r in self.list() if control_log.orphaned(r, now)]
+
+    def count_open(self) -> int:
+        return sum(r.state is not SessionState.CLOSED for r in self.list())
 
     def delete(self, session_id: str) -> None:
         with self._lock:

@@ -9,6 +9,9 @@ recognised when the session is read again.
 Renewals go past this: they set `lease_until` if epoch and owner are the lease's, many in one round
 trip, and leave the version alone. They and the deletion of things need no free memory.
 
+Deadlines are of the server's clock: whoever sets one asks for the server's time before, and who
+reads one asks for the time with it and translates. So no two machines' clocks have to agree.
+
 What is durable when, and why: `redis_durability.py`. The set of all sessions is only a hint. It
 names a session before the session is there and until after it is gone, so a crash in between
 leaves a name without a session, which `list` leaves out, and never a session without a name.
@@ -17,14 +20,21 @@ leaves a name without a session, which `list` leaves out, and never a session wi
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
-from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
+from echo_ray.session.records import (
+    ControlEntry,
+    Lease,
+    ReplicaRecord,
+    SessionRecord,
+    SessionState,
+    SnapshotRef,
+)
 from echo_ray.storage import redis_rows as rows
 from echo_ray.storage.redis_change import (
     COMMITS,
@@ -41,6 +51,7 @@ from echo_ray.storage.redis_change import (
 )
 from echo_ray.storage.redis_durability import check_safe, check_server, waits_for
 from echo_ray.storage.redis_link import Command, RedisLink, RedisServer, Script
+from echo_ray.storage.redis_open import MOVE, OpenSessions
 from echo_ray.storage.redis_rows import Damaged, Keys, Stored
 
 _RENEW = Script("""#!lua flags=allow-oom
@@ -49,17 +60,19 @@ if held[1] ~= ARGV[1] or held[2] ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'lease_until', ARGV[3])
 return 1
 """)
+_TIME: Command = ("TIME",)
 _LISTED_AT_ONCE = 200
 _REPLICA_KEPT_S = 60.0
 """How much longer than its time the server remembers a replica."""
+_At = tuple[SessionRecord, float]
+"""A session, with deadlines of the server's, and the server's time of its change."""
 
 
 class RedisDirectory:
     """A `Directory` on `server`, under keys that begin with `prefix`.
 
-    Deadlines are of the callers' wall clocks, which must agree to a fraction of a lease. Opening
-    raises `ConfigError` for a server that cannot keep what `durability` promises. When a call
-    raises `StoreUnavailable` because the server did not answer, the change may have been made.
+    Opening raises `ConfigError` for a server that cannot keep what `durability` promises. When a
+    call raises `StoreUnavailable` because the server did not answer, the change may have been made.
     """
 
     def __init__(
@@ -74,8 +87,9 @@ class RedisDirectory:
         self._clock = clock
         self._keys = Keys(prefix)
         self._wait = waits_for(durability, replicas)
-        self._link = RedisLink(server, (SET_IF_SAME, _RENEW))
+        self._link = RedisLink(server, (SET_IF_SAME, _RENEW, MOVE))
         self._sessions = SessionKeys(self._link, self._keys, self._wait)
+        self._open = OpenSessions(self._link, self._keys, self._sessions)
         try:
             check_server(self._link, durability)
         except BaseException:
@@ -93,7 +107,8 @@ class RedisDirectory:
         record = past.record
         keys = self._sessions.all_of(record.id)
         named: Command = ("SADD", self._keys.sessions, record.id)
-        _, seq = self._link.run(named, ("INCR", self._keys.created))
+        _, seq, time = self._link.run(named, ("INCR", self._keys.created), _TIME)
+        self._link.run(self._open.name(record.id, rows.seconds(time)))
         version = secrets.token_hex(8)
         counts = {"seq": seq, "appended": len(past.controls), "recorded": len(past.snapshots)}
         fields = rows.session_fields(record) | {name: str(n) for name, n in counts.items()}
@@ -105,11 +120,13 @@ class RedisDirectory:
             self._sessions.settle(told=True)
 
     def get(self, session_id: str) -> SessionRecord:
-        (reply,) = self._link.run(self._sessions.read(session_id))
-        return self._sessions.found(session_id, reply).record
+        reply, time = self._link.run(self._sessions.read(session_id), _TIME)
+        return self._here(self._sessions.found(session_id, reply).record, rows.seconds(time))
 
     def list(self) -> Sequence[SessionRecord]:
-        (raw,) = self._link.run(("SMEMBERS", self._keys.sessions))
+        raw, names, time = self._link.run(
+            ("SMEMBERS", self._keys.sessions), self._open.names(), _TIME
+        )
         found: list[Stored] = []
         with self._sessions.undamaged():
             ids = [id_.decode() for id_ in raw]
@@ -119,36 +136,49 @@ class RedisDirectory:
                     stored = rows.stored_from(reply)
                     if stored is not None:
                         found.append(stored)
-        found.sort(key=lambda s: (s.record.created_at, s.seq))
-        return [stored.record for stored in found]
+        named, now = set(names), rows.seconds(time)
+        records = [stored.record for stored in found]
+        nameless = [r for r in records if r.id.encode() not in named]
+        self._open.add([r for r in nameless if r.state is not SessionState.CLOSED], now)
+        return self._in_order(found, now)
+
+    def orphans(self) -> Sequence[SessionRecord]:
+        return self._in_order(*self._open.orphans())
+
+    def count_open(self) -> int:
+        return self._open.count()
 
     def delete(self, session_id: str) -> None:
         keys = self._sessions.all_of(session_id)
         wait = self._wait.answer
-        deleted, _, *safe = self._link.run(
-            ("DEL", *keys), ("SREM", self._keys.sessions, session_id), wait=wait
+        deleted, _, _, *safe = self._link.run(
+            ("DEL", *keys),
+            ("SREM", self._keys.sessions, session_id),
+            self._open.forget(session_id),
+            wait=wait,
         )
         if not deleted:
             raise control_log.not_found(session_id)
         check_safe(self._link.address, wait, safe)
 
     def claim(self, session_id: str, owner: str, *, expect_epoch: int, ttl_s: float) -> Lease:
-        def decide(stored: Stored, _: Sequence[object]) -> Change[Lease]:
+        def decide(stored: Stored, replies: Sequence[list[bytes]]) -> Change[_At]:
+            now = rows.seconds(replies[0])
             record = control_log.claimed(
-                stored.record,
-                owner,
-                expect_epoch=expect_epoch,
-                lease_until=self._clock.wall() + ttl_s,
+                stored.record, owner, expect_epoch=expect_epoch, lease_until=now + ttl_s
             )
-            return Change(record, Lease(session_id, owner, record.epoch))
+            return Change(record, (record, now))
 
-        return self._sessions.change(session_id, decide, told=False)
+        record, now = self._sessions.change(session_id, decide, _TIME, told=False)
+        self._open.follow(record, now)
+        return Lease(session_id, owner, record.epoch)
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> Sequence[Lease]:
         if not leases:
             self._link.run(("PING",))
             return []
-        until = rows.as_text(self._clock.wall() + ttl_s)
+        (time,) = self._link.run(_TIME)
+        until = rows.as_text(rows.seconds(time) + ttl_s)
         kept = self._link.run(
             *(
                 _RENEW.call(
@@ -163,17 +193,20 @@ class RedisDirectory:
         return [lease for lease, held in zip(leases, kept, strict=True) if not held]
 
     def release(self, lease: Lease, *, state: str) -> None:
-        def decide(stored: Stored, _: Sequence[object]) -> Change[None]:
-            return Change(control_log.released(stored.record, lease, state), None)
+        def decide(stored: Stored, replies: Sequence[list[bytes]]) -> Change[_At]:
+            record = control_log.released(stored.record, lease, state)
+            return Change(record, (record, rows.seconds(replies[0])))
 
-        self._sessions.change(lease.session_id, decide)
+        self._open.follow(*self._sessions.change(lease.session_id, decide, _TIME))
 
     def set_state(self, session_id: str, *, state: str) -> SessionRecord:
-        def decide(stored: Stored, _: Sequence[object]) -> Change[SessionRecord]:
+        def decide(stored: Stored, replies: Sequence[list[bytes]]) -> Change[_At]:
             record = control_log.with_state(stored.record, state)
-            return Change(record, record)
+            return Change(record, (record, rows.seconds(replies[0])))
 
-        return self._sessions.change(session_id, decide)
+        record, now = self._sessions.change(session_id, decide, _TIME)
+        self._open.follow(record, now)
+        return self._here(record, now)
 
     def seal(self, lease: Lease, index: int) -> Sequence[ControlEntry]:
         def decide(stored: Stored, replies: Sequence[list[bytes]]) -> Change[list[ControlEntry]]:
@@ -273,7 +306,8 @@ class RedisDirectory:
         self._sessions.change(session_id, decide, held)
 
     def put_replica(self, record: ReplicaRecord, *, ttl_s: float) -> None:
-        now, alive = self._clock.wall(), self._keys.alive
+        (time,) = self._link.run(_TIME)
+        now, alive = rows.seconds(time), self._keys.alive
         text = rows.replica_text(replace(record, alive_until=now + ttl_s))
         kept_ms = int((ttl_s + _REPLICA_KEPT_S) * 1000)
         self._link.run(
@@ -289,15 +323,29 @@ class RedisDirectory:
         )
 
     def replicas(self) -> Sequence[ReplicaRecord]:
-        now = self._clock.wall()
-        (ids,) = self._link.run(("ZRANGEBYSCORE", self._keys.alive, f"({now!r}", "+inf"))
+        # The dead are among them, for the minute until they are forgotten.
+        ids, time = self._link.run(("ZRANGEBYSCORE", self._keys.alive, "-inf", "+inf"), _TIME)
         if not ids:
             return []
+        now = rows.seconds(time)
+        ahead_s = now - self._clock.wall()
         with self._sessions.undamaged():
             keys = [self._keys.replica(id_.decode()) for id_ in ids]
             (texts,) = self._link.run(("MGET", *keys))
             found = [rows.replica_from(text) for text in texts if text is not None]
-        return sorted((r for r in found if r.alive_until > now), key=lambda r: r.id)
+        alive = [r for r in found if r.alive_until > now]
+        alive.sort(key=lambda r: r.id)
+        return [replace(r, alive_until=r.alive_until - ahead_s) for r in alive]
+
+    def _in_order(self, found: Iterable[Stored], now: float) -> Sequence[SessionRecord]:
+        ordered = sorted(found, key=lambda s: (s.record.created_at, s.seq))
+        return [self._here(stored.record, now) for stored in ordered]
+
+    def _here(self, record: SessionRecord, now: float) -> SessionRecord:
+        """The record in the caller's time; `now` is the server's."""
+        if not record.lease_until:
+            return record
+        return replace(record, lease_until=record.lease_until - now + self._clock.wall())
 
     def _logged(self, session_id: str, event_id: str, chunk: bytes | None) -> LoggedControl | None:
         if chunk is None:

@@ -8,11 +8,14 @@
     {prefix}:s:{id}:blobs      hash: blob id -> which pieces (redis_snapshots.py)
     {prefix}:s:{id}:piece:...  a piece of a blob
     {prefix}:sessions          set: ids of all sessions, and perhaps of some that are not there
+    {prefix}:open              sorted set: ids of open sessions by when to look (redis_open.py)
     {prefix}:blobs             set: ids of all sessions with blobs, and perhaps of others
     {prefix}:created           how many sessions were created
     {prefix}:waited            how often something was waited for that was written before
     {prefix}:r:{live}:until    sorted set: replica id by the time until which it is alive
-    {prefix}:r:{live}:at:ID    a replica, with an expiry of the server's
+    {prefix}:r:{live}:at:ID    a replica, with an expiry
+
+Times until which something holds are of the server's clock.
 
 The braces round a session's id are part of the key: all keys of a session have one hash slot.
 """
@@ -65,6 +68,7 @@ class Keys:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.sessions = f"{prefix}:sessions"
+        self.open = f"{prefix}:open"
         self.blobs = f"{prefix}:blobs"
         self.created = f"{prefix}:created"
         self.waited = f"{prefix}:waited"
@@ -78,6 +82,12 @@ class Keys:
     def replica(self, replica_id: str) -> str:
         check_text("replica_id", replica_id)
         return f"{self._prefix}:r:{{live}}:at:{replica_id}"
+
+
+def seconds(time: list[bytes]) -> float:
+    """The server's wall time in the reply to TIME."""
+    whole, micros = time
+    return int(whole) + int(micros) / 1e6
 
 
 def as_text(value: object) -> str:

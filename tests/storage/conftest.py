@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess
+from redis_server import RedisProcess, go_by
 
 from echo_ray.config import RedisSection, StorageSection
 from echo_ray.storage.interface import Directory, SnapshotStore
 from echo_ray.storage.open import open_directory, open_snapshots
+from echo_ray.storage.redis_directory import RedisDirectory
 
 
 @pytest.fixture
@@ -46,6 +47,8 @@ def section(request: pytest.FixtureRequest, tmp_path: Path) -> StorageSection:
 @pytest.fixture
 def directory(section: StorageSection, clock: FakeClock) -> Iterator[Directory]:
     store = open_directory(section, clock)
+    if isinstance(store, RedisDirectory):
+        go_by(store, clock)
     yield store
     store.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess, free_port
+from redis_server import RedisProcess, free_port, go_by
 from stored import new, owned, produce, ref
 
 from echo_ray.config import RedisSection, StorageSection
@@ -30,7 +30,7 @@ from echo_ray.storage.redis_snapshots import PIECE_BYTES, RedisSnapshots
 
 RIGHTS = (
     "+hgetall +hget +hset +hdel +hmget +hvals +zadd +zrangebyscore +zremrangebyscore +zrem "
-    "+sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire +persist "
+    "+zscore +zcard +sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire +persist "
     "+evalsha +script|load +time +info +config|get +ping +wait +waitaof"
 )
 
@@ -228,7 +228,8 @@ def test_a_user_with_the_documented_rights_can_do_everything(server: RedisProces
     store.put("s1", "p8", b"y")
     assert store.get("s1", "p8") == b"y"
     store.delete_session("s1")
-    assert len(directory.list()) == 1
+    assert len(directory.list()) == directory.count_open() == 1
+    assert directory.orphans() == []
     directory.delete("s1")
     with pytest.raises(StoreUnavailable, match=r"rights in docs/operations\.md"):
         RedisSnapshots(there, prefix="theirs").put("s1", "p8", b"x")
@@ -384,6 +385,7 @@ def test_fields_of_a_newer_release_are_left_alone(server: RedisProcess) -> None:
 def test_dead_replicas_vanish_from_the_server(server: RedisProcess) -> None:
     clock = FakeClock()
     directory = RedisDirectory(RedisServer(url=server.url), clock)
+    go_by(directory, clock)
     directory.put_replica(_replica("r1"), ttl_s=2)
     for key in ("echo:r:{live}:at:r1", "echo:r:{live}:until"):
         assert 60_000 < int(server.ask("PTTL", key)[1:]) <= 62_000

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess
+from redis_server import RedisProcess, go_by
 from rivals import race
 from stored import new, owned, produce
 
@@ -145,6 +145,7 @@ def test_a_commit_does_not_undo_a_renewal_that_came_meanwhile(
     clock = FakeClock()
     there = RedisServer(url=redis_server.url, timeout_s=10)
     directory = RedisDirectory(there, clock, prefix=prefix)
+    go_by(directory, clock)
     lease = owned(directory)
     directory.seal(lease, 0)
     write = directory._sessions.write
