@@ -30,8 +30,8 @@ from echo_ray.storage.redis_snapshots import PIECE_BYTES, RedisSnapshots
 
 RIGHTS = (
     "+hgetall +hget +hset +hdel +hmget +hvals +zadd +zrangebyscore +zremrangebyscore +zrem "
-    "+zscore +zcard +sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire +persist "
-    "+evalsha +script|load +time +info +config|get +ping +wait +waitaof"
+    "+zscore +zcard +sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire "
+    "+persist +evalsha +script|load +time +info +config|get +ping +wait +waitaof"
 )
 
 
