@@ -1,15 +1,28 @@
 """Which blobs of the snapshot stores nobody needs any more.
 
 A blob is written before its reference, and a clip before its session, so what nothing names may
-only be too young to be named. And a directory that lost everything knows no session: nothing is
-deleted then, for the blobs are what the sessions can be brought back from.
+only be too young to be named. Of a session's pasts (`restoring.py`) the newest is needed. And a
+directory that lost everything knows no session: nothing is deleted then, for the blobs are what the
+sessions can be brought back from.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+
+PAST_ID = re.compile(r"past-e(\d{1,16})-n(\d{1,16})-l(\d{1,16})-t(\d{1,16})")
+"""Of the blobs that hold a session's past: epoch, next index, entries, time; in this order they
+say which is newer."""
+
+
+def pasts(ids: Iterable[str]) -> list[str]:
+    """Those of the ids that are of pasts, the newest first."""
+    found = [match for match in map(PAST_ID.fullmatch, ids) if match]
+    found.sort(key=lambda match: [int(part) for part in match.groups()], reverse=True)
+    return [match[0] for match in found]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +63,9 @@ def to_sweep(
 ) -> dict[str, list[StoredBlob]]:
     """Blobs to delete, by tier; `sessions` are all that the directory knows.
 
-    Kept are: every blob that is named; every one within its grace; of a session that has none of
-    its named snapshots left in any tier, the newest other one; and everything if no session is
-    known at all.
+    Kept are: every blob that is named; every one within its grace; the newest past of each session;
+    of a session that has none of its named snapshots left in any tier, the newest other one; and
+    everything if no session is known at all.
     """
     if not sessions:
         return {tier: [] for tier in tiers}
@@ -84,7 +97,9 @@ def _doomed(
         # As a whole: a session that is being brought back gets its blobs one after the other.
         over = now - max(newest_write.values()) > grace.unknown_s
         return set(newest_write) if over else set()
-    unnamed = newest_write.keys() - set(named.snapshots) - {named.clip}
+    past_ids = pasts(newest_write)
+    unnamed = newest_write.keys() - set(named.snapshots) - {named.clip} - set(past_ids)
     if unnamed and not newest_write.keys() & set(named.snapshots):
         unnamed.discard(max(unnamed, key=lambda id_: (newest_write[id_], id_)))
-    return {id_ for id_ in unnamed if now - newest_write[id_] > grace.unnamed_s}
+    unneeded = unnamed | set(past_ids[1:])
+    return {id_ for id_ in unneeded if now - newest_write[id_] > grace.unnamed_s}

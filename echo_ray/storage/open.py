@@ -19,8 +19,10 @@ from echo_ray.storage.local import LocalDirectory, LocalSnapshots
 from echo_ray.storage.memory import MemoryDirectory, MemorySnapshots
 
 if TYPE_CHECKING:
+    from echo_ray.storage.redis_directory import RedisDirectory
     from echo_ray.storage.redis_link import RedisServer
     from echo_ray.storage.redis_snapshots import RedisSnapshots
+    from echo_ray.storage.restore import Restorer
     from echo_ray.storage.s3_snapshots import S3Snapshots
 
 DATABASE = "directory.sqlite3"
@@ -38,8 +40,10 @@ def open_directory(config: StorageSection, clock: Clock) -> Directory:
             return LocalDirectory(_folder(config) / DATABASE, clock)
         case "memory":
             return MemoryDirectory(clock)
-        case "redis" | "s3" | "tiered":
+        case "redis":
             return _redis_directory(config.redis, clock)
+        case "s3" | "tiered":
+            return _kept_directory(config, clock)
         case other:
             raise _unknown(other)
 
@@ -72,6 +76,28 @@ def open_snapshots(config: StorageSection) -> SweptStore:
             raise _unknown(other)
 
 
+def open_restorer(config: StorageSection, clock: Clock) -> Restorer | None:
+    """What brings sessions back when Redis lost them; None where nothing outlives the directory.
+
+    Raises as `open_directory`.
+    """
+    if config.backend not in ("s3", "tiered"):
+        return None
+    from echo_ray.storage.redis_identity import Identity
+    from echo_ray.storage.redis_link import RedisLink
+    from echo_ray.storage.restore import Restorer
+
+    link = RedisLink(_redis(config.redis))
+    return Restorer(
+        _redis_directory(config.redis, clock),
+        _s3_snapshots(config),
+        Identity(link, config.redis.prefix),
+        clock,
+        limit_bytes=config.snapshot_limit_bytes,
+        close=link.close,
+    )
+
+
 def check_stores(config: StorageSection, clock: Clock) -> None:
     """Try everything once, before a service starts. Raises what is wrong, with the remedy."""
     open_directory(config, clock).close()
@@ -87,13 +113,27 @@ def _folder(config: StorageSection) -> Path:
     return Path(config.path).expanduser()
 
 
-def _redis_directory(section: RedisSection, clock: Clock) -> Directory:
+def _redis_directory(section: RedisSection, clock: Clock) -> RedisDirectory:
     server = _redis(section)
     from echo_ray.storage.redis_directory import RedisDirectory
 
     return RedisDirectory(
         server,
         clock,
+        prefix=section.prefix,
+        durability=section.durability,
+        replicas=section.replicas,
+    )
+
+
+def _kept_directory(config: StorageSection, clock: Clock) -> Directory:
+    server, section = _redis(config.redis), config.redis
+    from echo_ray.storage.kept_directory import KeptDirectory
+
+    return KeptDirectory(
+        server,
+        clock,
+        lambda: _s3_snapshots(config),
         prefix=section.prefix,
         durability=section.durability,
         replicas=section.replicas,
