@@ -76,10 +76,10 @@ def read_plan(file: Path, assignments: Sequence[str] = ()) -> ServePlan:
 
     Raises `ConfigError` for the file, a key or a value, or a port that is taken.
     """
-    from echo_ray.config import EchoConfig, from_mapping, read_yaml, with_overrides
+    from echo_ray.config import EchoConfig, from_mapping, with_overrides
     from echo_ray.weights.location import check_model
 
-    app = _application(read_yaml(file), file)
+    app = read_application(file)
     args = with_overrides(app.get("args") or {}, assignments)
     config = from_mapping(EchoConfig, args)
     check_model(config.model)
@@ -118,10 +118,12 @@ def check_port(host: str, port: int) -> None:
         raise ConfigError(f"http.port: {host}:{port} is {why}; {remedy}", param="http.port") from e
 
 
-def _application(data: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+def read_application(file: Path) -> Mapping[str, Any]:
+    """The one application of a Serve config file. Raises `ConfigError`."""
+    from echo_ray.config import read_yaml
     from echo_ray.errors import ConfigError
 
-    apps = data.get("applications")
+    apps = read_yaml(file).get("applications")
     if not isinstance(apps, list) or len(apps) != 1 or not isinstance(apps[0], dict):
         raise ConfigError(f"{file}: applications: expected a list of one; see deployments/")
     app: Mapping[str, Any] = apps[0]

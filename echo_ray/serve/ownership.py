@@ -84,7 +84,7 @@ class Owners:
         self._memory = locating.claimed(
             self._memory, record.id, replica.id, self._clock.monotonic()
         )
-        return Owner(record.id, replica.id, replica.address, lease.epoch)
+        return Owner(record.id, replica.id, replica.address, lease.epoch, record.next_index)
 
     async def admit(self, model: str, pace: Pace) -> None:
         """Raise `NoReplica` or `CapacityError` unless a new session finds room somewhere."""

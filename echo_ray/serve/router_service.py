@@ -18,6 +18,7 @@ from echo_ray.preset import load_preset
 from echo_ray.serve.api import build_api
 from echo_ray.serve.front import Front
 from echo_ray.serve.mover import Mover
+from echo_ray.serve.restorer import restore_forever
 from echo_ray.serve.sweep import sweep_blobs_forever, sweep_forever
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.session.engine_port import stream_shape
@@ -78,6 +79,7 @@ class RouterService:
         self._sweeping = asyncio.create_task(sweep_forever(front, rng))
         self._sweeping_blobs = asyncio.create_task(sweep_blobs_forever(front, rng))
         self._moving = asyncio.create_task(Mover(front, rng).run())
+        self._restoring = asyncio.create_task(restore_forever(front, rng))
 
     @property
     def address(self) -> str:
@@ -92,6 +94,7 @@ class RouterService:
             "sweep": self._sweeping,
             "sweep of blobs": self._sweeping_blobs,
             "mover": self._moving,
+            "restorer": self._restoring,
         }
         for name, task in parts.items():
             if task.done():
@@ -99,7 +102,7 @@ class RouterService:
 
     async def stop(self) -> None:
         """Send viewers elsewhere and close."""
-        tasks = (self._sweeping, self._sweeping_blobs, self._moving)
+        tasks = (self._sweeping, self._sweeping_blobs, self._moving, self._restoring)
         for task in tasks:
             task.cancel()
         await self.front.close()

@@ -23,7 +23,7 @@ from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import REFUSALS, SessionView, SnapshotView
 from echo_ray.serve.upstream import WireSegment
 from echo_ray.session.records import SessionRecord
-from echo_ray.session.rules import check_start
+from echo_ray.session.restoring import check_start
 
 FAREWELL_S = 5.0
 """A viewer that reads slowly, or not at all, gets so long to hear why it is let go."""
@@ -46,7 +46,7 @@ def viewer_routes(front: Front) -> APIRouter:
     ) -> StreamingResponse:
         """The session as motion JPEG at the pace of playout, for an `<img>`."""
         record = await front.get(session_id)
-        viewer = Viewer(check_start(_index(start, "from"), record.next_index), "mjpeg")
+        viewer = Viewer(check_start(_index(start, "from"), record), "mjpeg")
         front.relays.attach(record, "jpeg", viewer)
         return PartsResponse(front, viewer)
 
@@ -86,7 +86,7 @@ class ViewerSocket:
         self._fmt = check_format(query.get("format", "fmp4"))
         asked = _index(query.get("from"), "from")
         record = await self._front.get(self._session_id)
-        self._viewer = Viewer(check_start(asked, record.next_index))
+        self._viewer = Viewer(check_start(asked, record))
         self._front.relays.attach(record, self._fmt, self._viewer)
         return record
 
@@ -188,7 +188,7 @@ class ViewerSocket:
                 await front.stop(session_id)
             case wire.Attach(start=start):
                 record = await front.get(session_id)
-                front.relays.reposition(self._viewer, check_start(start, record.next_index))
+                front.relays.reposition(self._viewer, check_start(start, record))
                 self._viewer.tell(self._video_start())
 
     async def _interact(self, event_id: str, prompt: str, at_chunk: int | None) -> None:

@@ -37,6 +37,8 @@ class Owner:
     replica_id: str
     address: str
     epoch: int
+    next_index: int | None = field(default=None, compare=False)
+    """The session's next chunk when it was looked at, if it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,4 +196,4 @@ def _standing(
     replica = next((r for r in replicas if r.id == record.owner), None)
     if replica is None:
         return None
-    return Owner(record.id, replica.id, replica.address, record.epoch)
+    return Owner(record.id, replica.id, replica.address, record.epoch, record.next_index)

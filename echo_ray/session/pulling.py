@@ -124,11 +124,19 @@ def work(p: Pulling, now_s: float, *, wake: bool) -> Find | Read | Rest | End:
     if p.ended is not None:
         return End(p.ended)
     if p.owner is not None:
-        return Read(p.owner, p.next)
+        return Read(p.owner, _start(p.next, p.owner.next_index))
     if now_s < p.rest_until_s:
         return Rest(p.rest_until_s)
     shunned = avoided_at(p.shunned, now_s)
     return Find(Ask(failed=p.failed, last_epoch=p.last_epoch, wake=wake, avoid=shunned))
+
+
+def _start(wanted: int, standing: int | None) -> int:
+    """Where to read from: a session that was brought back may stand before what is wanted.
+
+    What is sent before that is made again, and not taken.
+    """
+    return wanted if standing is None else min(wanted, standing)
 
 
 def takes(p: Pulling, index: object) -> bool:
