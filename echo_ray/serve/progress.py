@@ -36,6 +36,7 @@ from echo_ray.session.owner_events import Effect
 from echo_ray.session.owning import LeaseOver, Pacing, Work
 from echo_ray.session.pacing import Turn
 from echo_ray.session.replay import ControlLog, Verdict, compare
+from echo_ray.session.restoring import seen_before
 
 
 class Progress:
@@ -220,8 +221,14 @@ class Progress:
         now_s = bench.clock.monotonic()
         late_s = owner_events.late_s(runner.now, segment.start_s, now_s)
         self._unconfirmed = None
+        lease, lead = runner.now.lease, runner.config.lead_chunks
+        epoch = 0 if lease is None else lease.lease.epoch
         event = partial(
-            owner_events.committed, index=chunk.index, start_s=segment.start_s, now_s=now_s
+            owner_events.committed,
+            index=chunk.index,
+            start_s=segment.start_s,
+            now_s=now_s,
+            seen=seen_before(chunk.index, epoch, want=runner.wanted(), lead_chunks=lead),
         )
         effects = runner.publish(segment, event)
         bench.accounts.produced(segment, bench.engine.shape, late_s=late_s)

@@ -250,16 +250,18 @@ def made(o: Owning, index: int, digest: str) -> Step:
     return replace(o, at=index + 1, pending=Pending(index, digest)), NOTHING
 
 
-def committed(o: Owning, index: int, start_s: float, now_s: float) -> Step:
-    """Chunk `index`, which begins at media time `start_s`, is committed: readers may have it."""
+def committed(o: Owning, index: int, start_s: float, now_s: float, *, seen: bool = False) -> Step:
+    """Chunk `index`, which begins at media time `start_s`, is committed: readers may have it.
+
+    `seen`: all of them had it before the session was lost, so it does not begin to play.
+    """
     if o.ended is not None:
         return o, NOTHING
-    first = o.playout is None
-    playout = (
-        Playout.begins(now_s, start_s)
-        if o.playout is None
-        else o.playout.after_publishing(now_s, start_s)
-    )
+    first = o.playout is None and not seen
+    if o.playout is None:
+        playout = None if seen else Playout.begins(now_s, start_s)
+    else:
+        playout = o.playout.after_publishing(now_s, start_s)
     o = replace(
         o,
         committed=max(o.committed, index + 1),

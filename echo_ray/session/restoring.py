@@ -199,6 +199,15 @@ def brought_back(
     )
 
 
+def seen_before(index: int, epoch: int, *, want: int | None, lead_chunks: int) -> bool:
+    """Whether all readers of a session are beyond chunk `index`, so that it is made for none.
+
+    `want` is how far they let it come: `lead_chunks` beyond the one that is furthest. Only readers
+    of a session that was brought back are further than the session.
+    """
+    return epoch >= RAISED and want is not None and want - lead_chunks > index
+
+
 def check_start(start: int | None, record: SessionRecord) -> int:
     """The first index a viewer gets, as `rules.check_start` has it.
 

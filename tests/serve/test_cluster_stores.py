@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from redis_server import RedisProcess
 from s3_server import REGION, SECRET, S3Server, snapshots
 from service import Service, owner_pid, running_service, take, undisturbed, wait_for_replicas
 
-from echo_ray.client import EchoClient
+from echo_ray.client import EchoClient, Segment
+from echo_ray.errors import SessionNotFound
+from echo_ray.session.sweep import pasts
 from echo_ray.storage.redis_link import RedisServer
 from echo_ray.storage.redis_snapshots import RedisSnapshots
 from echo_ray.storage.s3_snapshots import S3Snapshots
@@ -35,12 +38,27 @@ class Cluster:
 
     service: Service
     redis: RedisProcess
+    folder: Path
+    """Of the files of Redis."""
     s3: S3Server
     hot: RedisSnapshots
     durable: S3Snapshots
 
     def held(self, store: RedisSnapshots | S3Snapshots, session: str) -> set[str]:
         return {blob.snapshot_id for blob in store.list_blobs(session)}
+
+    def flush(self) -> None:
+        """Redis loses everything and goes on."""
+        assert self.redis.ask("FLUSHALL") == b"+OK\r\n"
+
+    def lose_files(self) -> None:
+        """Redis dies, and comes back on an empty disk."""
+        self.redis.kill()
+        shutil.rmtree(self.folder / "appendonlydir")
+        self.redis.start()
+
+    def newest_past(self, session: str) -> str:
+        return next(iter(pasts(self.held(self.durable, session))), "")
 
     def events(self, event: str) -> float:
         """How often it happened between the tiers of any replica."""
@@ -86,7 +104,7 @@ def cluster(keys: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         hot = RedisSnapshots(RedisServer(url=redis.url, timeout_s=10))
         durable = snapshots(s3.url, bucket)
         with running_service(folder, **settings) as service:
-            yield Cluster(service, redis, s3, hot, durable)
+            yield Cluster(service, redis, folder / "redis", s3, hot, durable)
         hot.close()
         durable.close()
     finally:
@@ -189,6 +207,59 @@ def test_s3_that_hangs_delays_no_stream_no_takeover_and_no_pause(cluster: Cluste
             assert [s.metadata.digest for s in seen] == undisturbed(PROMPT, 4, 40, {})
             await until(lambda: recorded[0] in cluster.held(cluster.durable, session))
             await client.delete(session)
+
+    asyncio.run(scenario())
+    asyncio.run(wait_for_replicas(cluster.service, 2))
+
+
+@pytest.mark.parametrize("loss", ["flush", "files"])
+def test_streams_go_on_when_redis_lost_everything(cluster: Cluster, loss: str) -> None:
+    async def scenario() -> None:
+        async with EchoClient(cluster.service.url) as client:
+            watched = (await client.create(PROMPT, seed=5))["id"]
+            paused = (await client.create(PROMPT, seed=6, pace="max"))["id"]
+            closed = (await client.create(PROMPT, seed=7, pace="max"))["id"]
+            gone = (await client.create(PROMPT, seed=8, pace="max"))["id"]
+            before = [s.metadata.digest for s in await take(client, paused, 0, 21)]
+            for session in (closed, gone):
+                await take(client, session, 0, 3)
+            await client.pause(paused)
+            # The old one is closed by it.
+            rewound = (await client.rewind(closed, 2))["id"]
+            await client.delete(gone)
+            seen: list[Segment] = []
+            switches: dict[int, str] = {}
+            async with aclosing(client.segments(watched, start=0, format="raw")) as stream:
+                async for segment in stream:
+                    seen.append(segment)
+                    if segment.index == 3:
+                        switches[await client.send_event(watched, OTHER)] = OTHER
+                    if segment.index == 19:
+                        await until(lambda: "-l1-" in cluster.newest_past(watched))
+                        await until(lambda: "past-e2-" in cluster.newest_past(closed))
+                        await until(lambda: cluster.newest_past(rewound) != "")
+                        await asyncio.to_thread(
+                            cluster.flush if loss == "flush" else cluster.lose_files
+                        )
+                    if segment.index == 25:
+                        at = await client.send_event(watched, PROMPT)
+                        assert at > 25
+                        switches[at] = PROMPT
+                    if len(seen) == 40:
+                        break
+            assert [s.index for s in seen] == list(range(40))
+            expected = undisturbed(PROMPT, 5, 40, switches)
+            assert [s.metadata.digest for s in seen] == expected
+            assert not any(s.metadata.discontinuity for s in seen)
+            assert seen[-1].metadata.epoch > 10**12
+            more = [s.metadata.digest for s in await take(client, paused, 21, 6)]
+            assert before + more == undisturbed(PROMPT, 6, 27, {})
+            assert (await client.get(closed))["state"] == "closed"
+            with pytest.raises(SessionNotFound):
+                await client.get(gone)
+            assert (await client.get(rewound))["state"] == "live"
+            for session in (watched, paused, closed, rewound):
+                await client.delete(session)
 
     asyncio.run(scenario())
     asyncio.run(wait_for_replicas(cluster.service, 2))
