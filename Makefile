@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray sim bench demo parity train chaos check clean
+.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray sim scale bench demo parity train chaos check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ JOBS ?= $(shell nproc)
 
 sim: $(STAMP) ## the simulation: STEPS= seeds from SEED= on in JOBS= processes; STEPS=1 prints its log
 	cd tests && ../$(BIN)/python -m sim --seed $(SEED) --steps $(STEPS) --jobs $(JOBS)
+
+scale: $(STAMP) ## what 10,000 sessions cost the stores, and losing 5 % of 2,000 replicas (20 minutes)
+	$(BIN)/python benchmarks/scale_costs.py
+	cd tests && ../$(BIN)/python -m sim.scale
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
 	$(BIN)/pytest -m bench --benchmark-only --benchmark-columns=median,iqr,min,max,rounds --benchmark-sort=name
