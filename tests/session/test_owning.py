@@ -216,6 +216,19 @@ def test_idle_sessions_go_after_the_grace(on_idle: OnIdle, state: SessionState) 
     assert on.idled(kept, 99.0, 5.0) == (kept, ())
 
 
+def test_what_all_readers_have_seen_does_not_begin_to_play() -> None:
+    o = with_state(4, 4)
+    o, effects = on.committed(on.made(o, 4, "d4")[0], 4, 3.0, 10.0, seen=True)
+    assert effects == (Effect.PUBLISH,)
+    assert times(o, pacing()) == (-math.inf, 0.0)
+    o, effects = on.committed(on.made(o, 5, "d5")[0], 5, 3.75, 10.1)
+    assert effects == (Effect.PUBLISH, Effect.FIRST_CHUNK)
+    assert times(o, Pacing(start_s=4.5, chunk_s=0.75, lead_s=1.5, want=None)) == (
+        pytest.approx(9.35),
+        pytest.approx(10.85),
+    )
+
+
 def test_times_follow_playout_and_wants() -> None:
     o = with_state(4, 4)
     assert times(o, pacing(want=4)) is None

@@ -96,6 +96,13 @@ def test_segments_are_delivered_one_by_one_and_each_once() -> None:
     assert takes(p, 6)
 
 
+def test_a_session_that_was_brought_back_is_read_from_where_it_stands() -> None:
+    p = reading(Owner("s1", "a", "a:1", 3, next_index=2))
+    assert after(p) == Read(OWNER, 2)
+    assert [takes(p, n) for n in (2, 3, 4, 5)] == [False, False, False, True]
+    assert after(reading(Owner("s1", "a", "a:1", 3, next_index=9))) == Read(OWNER, 5)
+
+
 @pytest.mark.parametrize("index", [6, -1, None, "5", 5.0])
 def test_a_gap_or_no_index_at_all_is_refused(index: object) -> None:
     with pytest.raises(OwnerLost, match="where 5 was due"):

@@ -211,3 +211,16 @@ def test_other_indices_beyond_the_end_are_refused(start: int, epoch: int) -> Non
 def test_a_negative_one_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="-1 is negative"):
         restoring.check_start(-1, BACK)
+
+
+@pytest.mark.parametrize(
+    ("index", "epoch", "want", "seen"),
+    [
+        (19, RAISED, 23, True),
+        (20, RAISED, 23, False),
+        (19, RAISED, None, False),
+        (19, RAISED - 1, 99, False),
+    ],
+)
+def test_what_all_readers_have_seen(index: int, epoch: int, want: int | None, seen: bool) -> None:
+    assert restoring.seen_before(index, epoch, want=want, lead_chunks=3) is seen
