@@ -10,6 +10,7 @@
     {prefix}:sessions          set: ids of all sessions, and perhaps of some that are not there
     {prefix}:open              sorted set: ids of open sessions by when to look (redis_open.py)
     {prefix}:blobs             set: ids of all sessions with blobs, and perhaps of others
+    {prefix}:identity          set while nothing was lost (redis_identity.py)
     {prefix}:created           how many sessions were created
     {prefix}:waited            how often something was waited for that was written before
     {prefix}:r:{live}:until    sorted set: replica id by the time until which it is alive
