@@ -43,7 +43,7 @@ SPEED_NAMES = tuple(SPEEDS)
 
 MENTION = {"colour": 0.85, "size": 0.5, "speed": 0.4, "background": 0.92, "verb": 0.5}
 """Share of clips whose captions name it."""
-MENTION_HIDDEN = {"colour": 0.4, "size": 0.3}
+MENTION_HIDDEN = {"colour": 0.2, "size": 0.3}
 """The same of clips whose object hides: what is to be remembered is what was seen, not said."""
 
 SCENE_FIRST = "on a {where} there is {who} {how}"
