@@ -6,7 +6,7 @@ What changes or is searched for has a column of its own; the rest of a record is
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from echo_ray.session.control_log import LoggedControl
@@ -68,6 +68,7 @@ CREATE TABLE replicas (
 ) WITHOUT ROWID
 """
 MUTABLE = ("state", "owner", "epoch", "lease_until", "next_index", "sealed", "fingerprint")
+_REPLICA_FIELDS = frozenset(f.name for f in fields(ReplicaRecord))
 SESSION_COLUMNS = f"seq, id, created_at, body, {', '.join(MUTABLE)}"
 UPDATE_SESSION = f"UPDATE sessions SET {', '.join(f'{c} = ?' for c in MUTABLE)} WHERE seq = ?"
 INSERT_SESSION = (
@@ -160,10 +161,10 @@ def replica_body(record: ReplicaRecord) -> str:
 
 
 def replica_from(row: tuple[Any, ...]) -> ReplicaRecord:
-    """The replica in columns body, alive_until. Raises `RowDamaged`."""
+    """The replica in columns body, alive_until, whichever release wrote it. Raises `RowDamaged`."""
     text, alive_until = row
     try:
-        values = json.loads(text)
+        values = {k: v for k, v in dict(json.loads(text)).items() if k in _REPLICA_FIELDS}
         values["sessions"] = tuple(values["sessions"])
         return ReplicaRecord(**values, alive_until=float(alive_until))
     except (ValueError, TypeError, KeyError) as error:

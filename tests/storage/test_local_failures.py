@@ -15,7 +15,7 @@ from stored import new, owned, produce
 
 from echo_ray.config import StorageSection
 from echo_ray.errors import ConfigError, EchoError, Fenced, StoreCorrupt, StoreUnavailable
-from echo_ray.session.records import Lease
+from echo_ray.session.records import Lease, ReplicaRecord
 from echo_ray.storage.local import LocalDirectory, LocalSnapshots
 from echo_ray.storage.open import open_directory, open_snapshots
 from echo_ray.storage.sqlite_file import SCHEMA_VERSION
@@ -142,6 +142,17 @@ def test_a_session_of_a_release_without_clips_has_none(file: Path) -> None:
     directory = opened(file)
     assert directory.get("s1").clip is None
     assert directory.get("s1").prompt == "a red ball"
+    directory.close()
+
+
+def test_fields_of_a_newer_replica_are_left_alone(file: Path) -> None:
+    """While a new release is rolled out, routers of the old one read what its replicas say."""
+    directory = opened(file)
+    directory.put_replica(ReplicaRecord(id="r1", node_id="n", pid=1, address="h:1"), ttl_s=60)
+    directory.close()
+    change(file, "UPDATE replicas SET body = json_set(body, '$.colour', 'red')")
+    directory = opened(file)
+    assert [r.id for r in directory.replicas()] == ["r1"]
     directory.close()
 
 
