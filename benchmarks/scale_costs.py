@@ -156,7 +156,7 @@ def direct(server: RedisProcess, meter: Meter) -> dict[str, Cost]:
     )
     costs: dict[str, Cost] = {}
     for n in range(REPLICAS):
-        directory.putreplica(replica(n), ttl_s=3600)
+        directory.put_replica(replica(n), ttl_s=3600)
     many = 2000
     leases = []
     for n in range(many):
@@ -169,7 +169,7 @@ def direct(server: RedisProcess, meter: Meter) -> dict[str, Cost]:
         directory.replicas()
     say(f"a router reads {REPLICAS} replicas in {(time.process_time() - began_s) * 100:.0f} ms")
     costs["put_replica"] = meter.of(
-        lambda: [directory.putreplica(replica(n), ttl_s=3600) for n in range(400)]
+        lambda: [directory.put_replica(replica(n), ttl_s=3600) for n in range(400)]
     ) * (1 / 400)
     costs["renew, 5 leases"] = meter.of(
         lambda: [directory.renew(leases[n : n + 5], ttl_s=3600) for n in range(400)]

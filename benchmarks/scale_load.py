@@ -68,14 +68,14 @@ def loaded(server: RedisProcess, meter: Meter) -> dict[str, Cost]:
     head(f"{AT_ONCE} at once, per call (A, B, A: chunks, renewals, chunks)")
     each = 1 / AT_ONCE / ROUNDS
     for n in range(REPLICAS):
-        directory.putreplica(replica(n), ttl_s=3600)
+        directory.put_replica(replica(n), ttl_s=3600)
     first = measured("A: seal and commit", lambda: meter.of(chunks) * each)
     renewal = measured(
         "B: renew, 5 leases", lambda: under_load(lambda: directory.renew(leases, ttl_s=3600))
     )
     second = measured("A: seal and commit", lambda: meter.of(chunks) * each)
     beat = measured(
-        "put_replica", lambda: under_load(lambda: directory.putreplica(replica(0), ttl_s=3600))
+        "put_replica", lambda: under_load(lambda: directory.put_replica(replica(0), ttl_s=3600))
     )
     look = measured("get", lambda: under_load(lambda: directory.get(ids[0])))
     every = measured("replicas(), 2 at once", lambda: under_load(directory.replicas, 2))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,10 +31,12 @@ from sim.scenario import Cluster
 from sim.store import TIMEOUT_S, Asked, Store, _lost
 from sim.stream import POINT_EVERY
 
-from echo_ray.session.records import OnIdle, SessionRecord
+from echo_ray.errors import EchoError
+from echo_ray.session import locating
+from echo_ray.session.records import OnIdle, ReplicaRecord, SessionRecord
 
 REPLICAS_PER_NODE = 8
-CALM_S, WATCHED_S = 5.0, 7.0
+CALM_S, WATCHED_S = 5.0, 12.0
 """Virtual seconds before the loss, and after it."""
 PRICED_S = 3.5
 """Until then everybody comes at once, and the store does everything in no time."""
@@ -155,6 +158,9 @@ class Arrivals(Ledger):
         self.world = world
         self.since_s = float("inf")
         self.first_s: dict[str, float] = {}
+        self.last_s: dict[str, float] = {}
+        self.longest_s: dict[str, float] = {}
+        """The longest time without a segment since the loss, by viewer."""
         self.made_s: dict[str, float] = {}
 
     def committed(self, lease: Any, index: int, digest: str) -> None:
@@ -166,6 +172,14 @@ class Arrivals(Ledger):
         super().delivered(session_id, viewer, *given)
         if self.world.now_s > self.since_s:
             self.first_s.setdefault(viewer, self.world.now_s - self.since_s)
+            self.silent(viewer)
+            self.last_s[viewer] = self.world.now_s
+
+    def silent(self, viewer: str) -> float:
+        """Note that the viewer has got nothing until now; returns its longest such time."""
+        silence_s = self.world.now_s - self.last_s.get(viewer, self.since_s)
+        self.longest_s[viewer] = max(silence_s, self.longest_s.get(viewer, 0.0))
+        return self.longest_s[viewer]
 
 
 @dataclass(slots=True)
@@ -249,6 +263,19 @@ def lose(cluster: Cluster, nodes: list[list[Host]], share: float) -> Loss:
     return Loss(owned, routed, replay)
 
 
+def place_in_sample(rng: random.Random, count: int) -> None:
+    """As if routers read a few random replicas and chose among them: what would be the remedy."""
+    best = locating.best_replica
+
+    def choose(replicas: Sequence[ReplicaRecord], **named: Any) -> ReplicaRecord:
+        try:
+            return best(rng.sample(list(replicas), min(count, len(replicas))), **named)
+        except EchoError:
+            return best(replicas, **named)
+
+    locating.best_replica = choose
+
+
 def percentiles(seconds: list[float]) -> str:
     found = sorted(seconds)
     if not found:
@@ -279,6 +306,8 @@ def report(cluster: Cluster, load: Load, loss: Loss, took_s: float) -> str:
         if "committed" not in name:
             times = [waits[s] for s in members]
         lines.append(f"{name:<28} {len(members):6,}  {percentiles(times)}")
+    silences = [ledger.silent(v.name) for v in cluster.viewers]
+    lines.append(f"{'everybody, longest silence':<28} {len(silences):6,}  {percentiles(silences)}")
     stalls = [v.worst_stall_s for v in cluster.viewers]
     before, peak = int(CALM_S * 10) - 20, int(CALM_S * 10)
     calm = sum(load.busy_s[n] for n in range(before, peak)) / 2
@@ -311,19 +340,24 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2_000)
     parser.add_argument("--lost", type=float, default=0.05, help="share of the nodes")
     parser.add_argument(
-        "--replica-us", type=float, default=REPLICA_US, help="of the store, per replica read"
+        "--sample", type=int, default=0, help="routers place among so many replicas; 0: all"
     )
     asked = parser.parse_args()
+    replica_us = REPLICA_US
+    if asked.sample:
+        place_in_sample(random.Random(asked.seed), asked.sample)
+        replica_us *= asked.sample / asked.replicas
     # Looking for cycles among millions of objects takes longer than the run.
     gc.disable()
     began_s = time.monotonic()
-    cluster, load, nodes = build(asked.seed, asked.sessions, asked.replicas, asked.replica_us)
+    cluster, load, nodes = build(asked.seed, asked.sessions, asked.replicas, replica_us)
     cluster.world.run(CALM_S)
     loss = lose(cluster, nodes, asked.lost)
     cluster.world.run(CALM_S + WATCHED_S)
     sys.stdout.write(
         f"{asked.sessions:,} sessions, {asked.replicas:,} replicas on {len(nodes)} nodes, "
-        f"{asked.lost:.0%} lost, {asked.replica_us} us a replica read, seed {asked.seed}\n"
+        f"{asked.lost:.0%} lost, "
+        f"placed among {asked.sample or 'all'}, seed {asked.seed}\n"
         + report(cluster, load, loss, time.monotonic() - began_s)
         + "\n"
     )
