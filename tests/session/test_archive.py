@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -64,6 +65,12 @@ def file_of(archive: Archive = ARCHIVE) -> bytes:
 @pytest.mark.parametrize("archive", [ARCHIVE, BARE, replace(ARCHIVE, clip=None)])
 def test_what_goes_in_comes_out(archive: Archive) -> None:
     assert decode(file_of(archive), limit_bytes=LIMIT) == archive
+
+
+def test_what_a_release_wrote_is_read_by_the_next() -> None:
+    """The file never changes. A new format gets a file of its own and goes on reading this one."""
+    released = Path(__file__).parent / "released" / "archive-1.echo"
+    assert decode(released.read_bytes(), limit_bytes=LIMIT) == ARCHIVE
 
 
 def test_owner_and_epoch_stay_behind() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -29,6 +30,7 @@ from echo_ray.session.snapshot import (
     encode,
 )
 
+RELEASED = Path(__file__).parent / "released"
 TEXT = st.text(max_size=12)
 SCALARS = (
     st.none()
@@ -96,6 +98,11 @@ def test_equal_snapshots_give_equal_bytes(snapshot: Snapshot) -> None:
         snapshot.fingerprint, turned(snapshot.header), dict(reversed(snapshot.tensors.items()))
     )
     assert encode(twin) == encode(snapshot)
+
+
+def test_what_a_release_wrote_is_read_by_the_next() -> None:
+    """The file never changes. A new format gets a file of its own and goes on reading this one."""
+    assert decode((RELEASED / "snapshot-1.echo").read_bytes()) == SMALL
 
 
 def test_the_file_is_one_plain_msgpack_map() -> None:
