@@ -10,7 +10,6 @@ from echo_ray.errors import EchoError
 from echo_ray.serve.front import Front
 from echo_ray.serve.telemetry import log
 from echo_ray.serve.tier_accounts import TierAccounts
-from echo_ray.session.records import OnIdle, SessionRecord, SessionState
 from echo_ray.session.sweep import Grace
 from echo_ray.storage.sweep import sweep
 
@@ -18,28 +17,15 @@ from echo_ray.storage.sweep import sweep
 _EARLIEST, _LATEST = 0.75, 1.25
 
 
-def orphans(records: list[SessionRecord], watched: set[str], now: float) -> list[SessionRecord]:
-    """Sessions to adopt: begun, live, going on without viewers, and their lease has run out.
-
-    One that was given a past has begun, though nobody owned it yet.
-    `watched` sessions have an upstream here, which looks after them quicker.
-    """
-    return [
-        r
-        for r in records
-        if r.state is SessionState.LIVE
-        and r.on_idle is OnIdle.CONTINUE
-        and (r.epoch > 0 or r.next_index > 0)
-        and r.lease_until <= now
-        and r.id not in watched
-    ]
-
-
 async def sweep_once(front: Front) -> int:
-    """Adopt every orphan; returns how many found an owner."""
-    records = await front.all_sessions()
+    """Adopt every orphan; returns how many found an owner.
+
+    Those that are watched have an upstream here, which looks after them quicker.
+    """
     adopted = 0
-    for record in orphans(records, front.relays.sessions(), front.clock.wall()):
+    for record in await front.orphans():
+        if record.id in front.relays.sessions():
+            continue
         try:
             await front.adopt(record.id)
             adopted += 1
