@@ -52,7 +52,7 @@ sim: $(STAMP) ## the simulation: STEPS= seeds from SEED= on in JOBS= processes; 
 	cd tests && ../$(BIN)/python -m sim --seed $(SEED) --steps $(STEPS) --jobs $(JOBS)
 
 scale: $(STAMP) ## what 10,000 sessions cost the stores, and losing 5 % of 2,000 replicas (20 minutes)
-	$(BIN)/python benchmarks/scale_costs.py
+	$(BIN)/python tests/bench/scale_costs.py
 	cd tests && ../$(BIN)/python -m sim.scale
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead

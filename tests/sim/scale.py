@@ -2,7 +2,7 @@
 
 Loses a share of a cluster's nodes at once and says how long streams stand still, and what the store
 has to do. Nodes hold eight replicas and a router; the network is the simulation's; the store is one
-queue, whose every call takes the time that `benchmarks/scale_costs.py` measured on a Redis server
+queue, whose every call takes the time that `tests/bench/scale_costs.py` measured on a Redis server
 under load. Each session has one viewer, that buffers two seconds. `docs/scale.md` has the results.
 """
 

@@ -1,4 +1,4 @@
-"""What sessions cost the stores: `python benchmarks/scale_costs.py`, then multiplied.
+"""What sessions cost the stores: `python tests/bench/scale_costs.py`, then multiplied.
 
 Real replicas (fake engine), a router's own code, a real Redis server and moto. What Redis did is
 read from its INFO: commands, bytes in and out, processor time. Every figure is the difference over
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fakes import FakeEngine
 from redis_server import RedisProcess
