@@ -5,9 +5,10 @@ Decides from what replicas say of themselves; knows nothing about sockets or dir
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Mapping, Sequence
 
-from echo_ray.errors import CapacityError, NoReplica
+from echo_ray.errors import CapacityError, InvalidRequestError, NoReplica
 from echo_ray.session.fingerprint import Fit, ResumePolicy, allows, fit, unfit
 from echo_ray.session.records import Pace, ReplicaRecord
 
@@ -26,7 +27,7 @@ def best_replica(
     suspects: Collection[str] = (),
     pending: Mapping[str, int] | None = None,
 ) -> ReplicaRecord:
-    """The ready replica with the most slack; ties go to the emptiest, then to the lowest id.
+    """The ready replica with the most slack; ties go to the emptiest, then to the first given.
 
     A session that exists already is placed even where no slack is left, up to `cap` sessions: late
     is better than lost. `avoid` is never chosen; `suspects`, which failed somebody a moment ago but
@@ -48,7 +49,6 @@ def best_replica(
             fit(made_by, r.fingerprint) is not Fit.SAME,
             -slack(r, cap, sent),
             len(r.sessions) + sent.get(r.id, 0),
-            r.id,
         ),
     )
 
@@ -94,6 +94,31 @@ def slack(replica: ReplicaRecord, cap: int, pending: Mapping[str, int]) -> int:
     if replica.chunk_seconds <= 0:
         return by_cap
     return min(by_cap, replica.free_slots - sent)
+
+
+def sampled(
+    replicas: Sequence[ReplicaRecord],
+    among: int | None,
+    named: Collection[str],
+    rng: random.Random,
+) -> list[ReplicaRecord]:
+    """At most `among` of them (None: all), chosen at random, and the named ones; in their order.
+
+    Raises `InvalidRequestError` for `among` below 1.
+    """
+    check_among(among)
+    if among is None or among >= len(replicas):
+        return list(replicas)
+    kept = {r.id for r in rng.sample(replicas, among)}
+    return [r for r in replicas if r.id in kept or r.id in named]
+
+
+def check_among(among: int | None) -> None:
+    """Refuse a sample of less than one replica, with `InvalidRequestError`."""
+    if among is not None and among < 1:
+        raise InvalidRequestError(
+            f"among is {among}; ask for at least 1 replica, or for all of them (None)"
+        )
 
 
 def _eligible(

@@ -17,7 +17,7 @@ at epoch 0 and could not tell an old owner from its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from echo_ray.session.forking import Past
@@ -163,8 +163,16 @@ class Directory(Protocol):
         """Forget a replica. Unknown ids are ignored."""
         ...
 
-    def replicas(self) -> Sequence[ReplicaRecord]:
-        """Replicas whose time has not run out, by id."""
+    def replicas(
+        self, *, among: int | None = None, named: Collection[str] = ()
+    ) -> Sequence[ReplicaRecord]:
+        """Replicas whose time has not run out, by id: as much work as there are replicas.
+
+        With `among`, at most so many of them, chosen at random, and those that `named` names, if
+        they live. On a server that is as much work as are asked for, and the choice may fall on
+        some that died within the last minute: so many fewer come back. Raises
+        `InvalidRequestError` for `among` below 1.
+        """
         ...
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ their own that never does, since a lost one only looks like an owner that was la
 
 from __future__ import annotations
 
+import random
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LAST_CHUNK, LoggedControl
 from echo_ray.session.forking import Past, check_past
+from echo_ray.session.placement import sampled
 from echo_ray.session.records import (
     ControlEntry,
     Lease,
@@ -49,6 +51,7 @@ class LocalDirectory:
         beat_timeout_s: float = 1.0,
     ) -> None:
         self._clock = clock
+        self._rng = random.Random()
         file = Path(path)
         prepare(file, rows.SCHEMA, busy_timeout_s=busy_timeout_s)
         self._channels: list[Channel] = []
@@ -224,11 +227,14 @@ class LocalDirectory:
         with self._quick.write() as db:
             db.execute("DELETE FROM replicas WHERE id = ?", (replica_id,))
 
-    def replicas(self) -> Sequence[ReplicaRecord]:
+    def replicas(
+        self, *, among: int | None = None, named: Collection[str] = ()
+    ) -> Sequence[ReplicaRecord]:
         sql = "SELECT body, alive_until FROM replicas WHERE alive_until > ? ORDER BY id"
         with self._reading.read() as db:
             found = db.execute(sql, (self._clock.wall(),))
-            return [rows.replica_from(row) for row in found]
+            alive = [rows.replica_from(row) for row in found]
+        return sampled(alive, among, named, self._rng)
 
     def _change(
         self, session_id: str, change: Callable[[SessionRecord], SessionRecord]

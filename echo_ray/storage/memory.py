@@ -5,14 +5,16 @@ Nothing survives the process, and no other process sees it.
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from echo_ray.clock import Clock, SystemClock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
+from echo_ray.session.placement import sampled
 from echo_ray.session.records import (
     ControlEntry,
     Lease,
@@ -35,10 +37,14 @@ class _Session:
 
 
 class MemoryDirectory:
-    """A `Directory` in this process, safe to use from any number of threads."""
+    """A `Directory` in this process, safe to use from any number of threads.
 
-    def __init__(self, clock: Clock) -> None:
+    `rng` chooses among the replicas.
+    """
+
+    def __init__(self, clock: Clock, rng: random.Random | None = None) -> None:
         self._clock = clock
+        self._rng = rng or random.Random()
         self._lock = threading.Lock()
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, ReplicaRecord] = {}
@@ -189,12 +195,14 @@ class MemoryDirectory:
         with self._lock:
             self._replicas.pop(replica_id, None)
 
-    def replicas(self) -> Sequence[ReplicaRecord]:
+    def replicas(
+        self, *, among: int | None = None, named: Collection[str] = ()
+    ) -> Sequence[ReplicaRecord]:
         with self._lock:
             now = self._clock.wall()
             alive = [r for r in self._replicas.values() if r.alive_until > now]
             self._replicas = {r.id: r for r in alive}
-        return sorted(alive, key=lambda r: r.id)
+        return sampled(sorted(alive, key=lambda r: r.id), among, named, self._rng)
 
     def close(self) -> None:
         """Nothing to let go of; the contents stay readable."""

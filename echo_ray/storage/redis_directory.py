@@ -20,13 +20,14 @@ leaves a name without a session, which `list` leaves out, and never a session wi
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
+from echo_ray.session.placement import check_among
 from echo_ray.session.records import (
     ControlEntry,
     Lease,
@@ -322,15 +323,21 @@ class RedisDirectory:
             ("DEL", self._keys.replica(replica_id)), ("ZREM", self._keys.alive, replica_id)
         )
 
-    def replicas(self) -> Sequence[ReplicaRecord]:
+    def replicas(
+        self, *, among: int | None = None, named: Collection[str] = ()
+    ) -> Sequence[ReplicaRecord]:
+        check_among(among)
+        drawn: Command = ("ZRANGEBYSCORE", self._keys.alive, "-inf", "+inf")
+        if among is not None:
+            drawn = ("ZRANDMEMBER", self._keys.alive, among)
         # The dead are among them, for the minute until they are forgotten.
-        ids, time = self._link.run(("ZRANGEBYSCORE", self._keys.alive, "-inf", "+inf"), _TIME)
-        if not ids:
+        raw, time = self._link.run(drawn, _TIME)
+        if not raw and not named:
             return []
         now = rows.seconds(time)
         ahead_s = now - self._clock.wall()
         with self._sessions.undamaged():
-            keys = [self._keys.replica(id_.decode()) for id_ in ids]
+            keys = [self._keys.replica(id_) for id_ in {*(i.decode() for i in raw), *named}]
             (texts,) = self._link.run(("MGET", *keys))
             found = [rows.replica_from(text) for text in texts if text is not None]
         alive = [r for r in found if r.alive_until > now]

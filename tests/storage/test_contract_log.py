@@ -237,6 +237,46 @@ def test_a_removed_replica_is_gone(directory: Directory) -> None:
     assert list(directory.replicas()) == []
 
 
+def test_some_replicas_are_chosen_at_random_and_those_with_a_name_are_there(
+    directory: Directory,
+) -> None:
+    for name in "edcba":
+        directory.put_replica(replica(name), ttl_s=9)
+    everybody = list(directory.replicas())
+    assert list(directory.replicas(among=5)) == list(directory.replicas(among=99)) == everybody
+    seen = set()
+    for _ in range(200):
+        (one,) = directory.replicas(among=1)
+        seen.add(one.id)
+        two = [r.id for r in directory.replicas(among=1, named=["d"])]
+        assert two == sorted(two)
+        assert "d" in two
+        assert len(two) <= 2
+        assert len(directory.replicas(among=3)) == 3
+    assert seen == set("abcde")
+    assert list(directory.replicas(named=["d"])) == everybody
+
+
+def test_only_the_living_are_chosen_or_found_by_name(
+    directory: Directory, clock: FakeClock
+) -> None:
+    assert list(directory.replicas(among=2, named=["a"])) == []
+    directory.put_replica(replica("a"), ttl_s=1)
+    directory.put_replica(replica("b"), ttl_s=9)
+    directory.put_replica(replica("c"), ttl_s=9)
+    clock.advance(1.0)
+    directory.remove_replica("c")
+    found = {r.id for _ in range(50) for r in directory.replicas(among=1, named=["a", "c", "?"])}
+    assert found == {"b"}
+    assert [r.id for r in directory.replicas(among=2)] == ["b"]
+
+
+@pytest.mark.parametrize("among", [0, -1])
+def test_a_sample_of_nobody_is_refused(directory: Directory, among: int) -> None:
+    with pytest.raises(InvalidRequestError, match=f"among is {among}; ask for at least 1"):
+        directory.replicas(among=among)
+
+
 def test_closing_twice_is_allowed(directory: Directory) -> None:
     directory.close()
     directory.close()

@@ -29,9 +29,10 @@ from echo_ray.storage.redis_link import RedisServer
 from echo_ray.storage.redis_snapshots import PIECE_BYTES, RedisSnapshots
 
 RIGHTS = (
-    "+hgetall +hget +hset +hdel +hmget +hvals +zadd +zrangebyscore +zremrangebyscore +zrem "
-    "+zscore +zcard +sadd +srem +smembers +get +mget +set +incr +del +unlink +exists +pexpire "
-    "+persist +evalsha +script|load +time +info +config|get +ping +wait +waitaof"
+    "+hgetall +hget +hset +hdel +hmget +hvals +zadd +zrangebyscore +zrandmember "
+    "+zremrangebyscore +zrem +zscore +zcard +sadd +srem +smembers +get +mget +set +incr +del "
+    "+unlink +exists +pexpire +persist +evalsha +script|load +time +info +config|get +ping +wait "
+    "+waitaof"
 )
 
 
@@ -222,6 +223,7 @@ def test_a_user_with_the_documented_rights_can_do_everything(server: RedisProces
     directory.renew([lease], ttl_s=1)
     directory.put_replica(replica := _replica(), ttl_s=5)
     assert [r.id for r in directory.replicas()] == [replica.id]
+    assert [r.id for r in directory.replicas(among=1)] == [replica.id]
     directory.remove_replica(replica.id)
     directory.release(lease, state="live")
     store.put("s1", "p8", b"x")
