@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import random
 import weakref
+from collections.abc import Collection, Sequence
+from functools import partial
 
 from echo_ray.clock import Clock
 from echo_ray.config import EchoConfig
-from echo_ray.errors import Fenced
+from echo_ray.errors import CapacityError, Fenced, NoReplica
 from echo_ray.session import locating
 from echo_ray.session.fingerprint import ResumePolicy
-from echo_ray.session.locating import LOOKS, Ask, Claim, Memory, Standing, Wait
+from echo_ray.session.locating import LOOKS, SAMPLE, Ask, Claim, Memory, Standing, Wait
 from echo_ray.session.locating import Owner as Owner
 from echo_ray.session.moving import Move, plan
 from echo_ray.session.placement import admit
@@ -46,26 +48,15 @@ class Owners:
         return await self.find(session_id, Ask(failed=failed))
 
     async def find(self, session_id: str, ask: Ask) -> Owner:
-        """The session's owner, claiming the session for the best live replica if it has none.
+        """The session's owner, claiming the session if it has none for the best of a few replicas.
 
+        All of them are read only if those few have no good place for it.
         Raises `SessionNotFound`, `SessionClosed`, `SessionPaused`, `NoReplica`, `CapacityError`.
         """
         async with self._lock(session_id):
             for look in range(LOOKS):
                 record = await asyncio.to_thread(self._directory.get, session_id)
-                replicas = await asyncio.to_thread(self._directory.replicas)
-                now_s = self._clock.monotonic()
-                decision = locating.decide(
-                    record,
-                    replicas,
-                    ask,
-                    first=look == 0,
-                    cap=self._config.limits.sessions_per_replica,
-                    policy=self._policy,
-                    suspects=self._memory.suspects(now_s),
-                    pending=self._memory.pending(replicas, now_s),
-                )
-                match decision:
+                match await self._look(record, ask, first=look == 0):
                     case Standing(owner):
                         return owner
                     case Wait(at_most_s):
@@ -88,17 +79,17 @@ class Owners:
 
     async def admit(self, model: str, pace: Pace) -> None:
         """Raise `NoReplica` or `CapacityError` unless a new session finds room somewhere."""
-        replicas = await asyncio.to_thread(self._directory.replicas)
-        cap = self._config.limits.sessions_per_replica
-        pending = self._memory.pending(replicas, self._clock.monotonic())
-        admit(replicas, model=model, pace=pace, cap=cap, pending=pending)
+        try:
+            self._admit(await self._few(), model, pace)
+        except (NoReplica, CapacityError):
+            self._admit(await self._all(), model, pace)
 
     async def plan_move(self, record: SessionRecord, to: str | None) -> Move | None:
         """The move of a session as `moving.plan` has it, and refuses it.
 
         It counts against its target from here, so that several moves at once are spread.
         """
-        replicas = await asyncio.to_thread(self._directory.replicas)
+        replicas = await self._all()
         now_s = self._clock.monotonic()
         move = plan(
             record,
@@ -116,6 +107,45 @@ class Owners:
     def is_owned(self, record: SessionRecord) -> bool:
         """Whether somebody holds a lease on the session that has not run out."""
         return locating.is_owned(record, self._clock.wall())
+
+    async def _look(
+        self, record: SessionRecord, ask: Ask, *, first: bool
+    ) -> Standing | Wait | Claim:
+        """What follows from a few replicas, or from all if that is not good enough."""
+        owner = () if record.owner is None else (record.owner,)
+        with contextlib.suppress(NoReplica, CapacityError):
+            decision = self._decide(record, await self._few(owner), ask, first)
+            suspects = self._memory.suspects(self._clock.monotonic())
+            if locating.holds_for_all(decision, record, suspects):
+                return decision
+        return self._decide(record, await self._all(), ask, first)
+
+    def _decide(
+        self, record: SessionRecord, replicas: Sequence[ReplicaRecord], ask: Ask, first: bool
+    ) -> Standing | Wait | Claim:
+        now_s = self._clock.monotonic()
+        return locating.decide(
+            record,
+            replicas,
+            ask,
+            first=first,
+            cap=self._config.limits.sessions_per_replica,
+            policy=self._policy,
+            suspects=self._memory.suspects(now_s),
+            pending=self._memory.pending(replicas, now_s),
+        )
+
+    def _admit(self, replicas: Sequence[ReplicaRecord], model: str, pace: Pace) -> None:
+        cap = self._config.limits.sessions_per_replica
+        pending = self._memory.pending(replicas, self._clock.monotonic())
+        admit(replicas, model=model, pace=pace, cap=cap, pending=pending)
+
+    async def _few(self, named: Collection[str] = ()) -> Sequence[ReplicaRecord]:
+        read = partial(self._directory.replicas, among=SAMPLE, named=named)
+        return await asyncio.to_thread(read)
+
+    async def _all(self) -> Sequence[ReplicaRecord]:
+        return await asyncio.to_thread(self._directory.replicas)
 
     def _lock(self, session_id: str) -> asyncio.Lock:
         lock = self._locks.get(session_id)

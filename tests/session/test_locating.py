@@ -18,6 +18,7 @@ from echo_ray.session.locating import (
     Standing,
     Wait,
     decide,
+    holds_for_all,
 )
 from echo_ray.session.records import ReplicaRecord, SessionRecord, SessionState
 
@@ -74,6 +75,30 @@ def test_a_lost_session_is_claimed_at_the_second_look(
 ) -> None:
     assert look(record, *replicas, first=True) == Wait(JITTER_S)
     assert isinstance(look(record, *replicas), Claim)
+
+
+def test_sessions_without_an_owner_spread_over_equal_replicas() -> None:
+    equal = tuple(replica(name) for name in "abcd")
+    chosen = {}
+    for n in range(100):
+        new = replace(LOST, id=f"s{n}", epoch=0)
+        decision = look(new, *equal)
+        assert isinstance(decision, Claim)
+        assert look(new, *equal[::-1]) == decision
+        chosen[decision.replica.id] = chosen.get(decision.replica.id, 0) + 1
+    assert chosen.keys() == set("abcd")
+    assert max(chosen.values()) < 50
+
+
+def test_a_choice_in_a_sample_stands_unless_others_may_be_better() -> None:
+    made = replace(LOST, fingerprint="m/one")
+    same, other = replace(A, fingerprint="m/one"), replace(A, fingerprint="m/two")
+    assert holds_for_all(Claim(same), made, ())
+    assert holds_for_all(Claim(other), LOST, ())
+    assert not holds_for_all(Claim(other), made, ())
+    assert not holds_for_all(Claim(same), made, {"a"})
+    assert holds_for_all(Wait(JITTER_S), made, {"a"})
+    assert holds_for_all(Standing(OWNER), made, {"a"})
 
 
 def test_a_new_session_is_claimed_at_once() -> None:
