@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sim.kernel import Host, Process, Sleep
@@ -14,9 +15,9 @@ from sim.pull import Pull
 from sim.replica import LEASE_TTL_S, SLOTS, Replica
 from sim.store import Store
 
-from echo_ray.errors import EchoError, Fenced, UnavailableError
+from echo_ray.errors import CapacityError, EchoError, Fenced, NoReplica, UnavailableError
 from echo_ray.session import locating, moving
-from echo_ray.session.locating import LOOKS, Ask, Claim, Memory, Owner, Standing, Wait
+from echo_ray.session.locating import LOOKS, SAMPLE, Ask, Claim, Memory, Owner, Standing, Wait
 from echo_ray.session.records import OnIdle, ReplicaRecord, SessionRecord, SessionState
 
 SWEEP_S = 2.0
@@ -69,17 +70,7 @@ class Router:
         """The session's owner, claimed if it has none."""
         for look in range(LOOKS):
             record = yield from self._store.get(self.host, session_id)
-            replicas = yield from self._store.replicas(self.host)
-            now_s = self.host.monotonic()
-            decision = locating.decide(
-                record,
-                replicas,
-                ask,
-                first=look == 0,
-                cap=SLOTS,
-                suspects=self._memory.suspects(now_s),
-                pending=self._memory.pending(replicas, now_s),
-            )
+            decision = yield from self._look(record, ask, first=look == 0)
             match decision:
                 case Standing(owner):
                     return owner
@@ -92,6 +83,32 @@ class Router:
                         continue
                     return owner
         raise locating.unsettled(session_id)
+
+    def _look(self, record: SessionRecord, ask: Ask, *, first: bool) -> Iterator[Any]:
+        """What follows from a few replicas, or from all if that is not good enough."""
+        owner = () if record.owner is None else (record.owner,)
+        some = yield from self._store.replicas(self.host, among=SAMPLE, named=owner)
+        with contextlib.suppress(NoReplica, CapacityError):
+            decision = self._decide(record, some, ask, first)
+            suspects = self._memory.suspects(self.host.monotonic())
+            if locating.holds_for_all(decision, record, suspects):
+                return decision
+        everybody = yield from self._store.replicas(self.host)
+        return self._decide(record, everybody, ask, first)
+
+    def _decide(
+        self, record: SessionRecord, replicas: Sequence[ReplicaRecord], ask: Ask, first: bool
+    ) -> Standing | Wait | Claim:
+        now_s = self.host.monotonic()
+        return locating.decide(
+            record,
+            replicas,
+            ask,
+            first=first,
+            cap=SLOTS,
+            suspects=self._memory.suspects(now_s),
+            pending=self._memory.pending(replicas, now_s),
+        )
 
     def claim(self, record: SessionRecord, replica: ReplicaRecord) -> Iterator[Any]:
         """Make `replica` the owner if the record still stands. Raises `Fenced` if it does not."""

@@ -6,7 +6,7 @@ way back: then the caller hears `StoreUnavailable` and cannot know whether the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any
 
 from sim.kernel import Awaited, Host
@@ -38,7 +38,7 @@ class Store:
 
     def __init__(self, host: Host, network: Network, ledger: Ledger) -> None:
         self.host = host
-        self.directory = MemoryDirectory(host)
+        self.directory = MemoryDirectory(host, host.world.rng)
         self.blobs: dict[tuple[str, str], StreamState] = {}
         self.ledger = ledger
         self.refusing = 0.0
@@ -144,8 +144,10 @@ class Store:
     def put_replica(self, caller: Host, record: ReplicaRecord, ttl_s: float) -> Asked:
         return self._ask(caller, lambda: self.directory.put_replica(record, ttl_s=ttl_s))
 
-    def replicas(self, caller: Host) -> Asked:
-        return self._ask(caller, self.directory.replicas)
+    def replicas(
+        self, caller: Host, *, among: int | None = None, named: Collection[str] = ()
+    ) -> Asked:
+        return self._ask(caller, lambda: self.directory.replicas(among=among, named=named))
 
     def put_blob(self, caller: Host, session_id: str, name: str, state: StreamState) -> Asked:
         def work() -> None:

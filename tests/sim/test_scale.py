@@ -7,9 +7,11 @@ from sim.scale import CALM_S, WATCHED_S, Arrivals, build, lose, report
 from echo_ray.session.records import SessionState
 
 
-def run(replica_us: float) -> tuple[Arrivals, set[str], str, float]:
-    """32 sessions on two nodes, one of which goes, and the longest queue at the store."""
-    cluster, load, nodes = build(3, 32, 16, replica_us)
+def run(
+    replica_us: float, *, sampled: bool = True, replicas: int = 16
+) -> tuple[Arrivals, set[str], str, float]:
+    """Two sessions a replica; half of the nodes go. And the longest queue at the store."""
+    cluster, load, nodes = build(3, 2 * replicas, replicas, replica_us, sampled=sampled)
     cluster.world.run(CALM_S)
     loss = lose(cluster, nodes, 0.5)
     cluster.world.run(CALM_S + WATCHED_S)
@@ -31,7 +33,15 @@ def test_every_lost_stream_goes_on_elsewhere() -> None:
 
 
 def test_a_slow_store_is_seen_to_queue() -> None:
-    *_, quick_s = run(0.5)
-    *_, slow_s = run(5_000.0)
+    *_, quick_s = run(0.5, sampled=False)
+    *_, slow_s = run(5_000.0, sampled=False)
     assert quick_s < 0.002
     assert slow_s > 0.05
+
+
+def test_routers_need_not_read_all_replicas() -> None:
+    ledger, lost, text, longest_s = run(5_000.0, replicas=64)
+    assert len(lost) == 64
+    assert lost <= ledger.made_s.keys()
+    assert "all replicas 0 (0)" in text
+    assert longest_s < 0.05
