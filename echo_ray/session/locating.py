@@ -26,9 +26,9 @@ LOOKS = 5
 """How often one search looks at a session that keeps changing hands."""
 SAMPLE = 16
 """Among so many replicas, taken at random, one is chosen: enough that one of the emptiest fifth is
-nearly always there, and few enough to cost the directory no more than the rest of a search. If all
-read all of them, the loss of 5 % of 2,000 replicas stops the others (docs/scale.md); and who sees
-the same replicas chooses the same."""
+nearly always there, and few enough to cost the directory no more than the rest of a search. Reading
+all of 2,000 overloads it when 5 % of them are lost, and routers that see the same replicas choose
+the same (docs/scale.md)."""
 
 
 class SessionPaused(Exception):
