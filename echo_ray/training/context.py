@@ -14,8 +14,8 @@ OBJECT_DISTANCE = 0.5
 """Mean distance per channel, in standard deviations, beyond which a latent shows an object."""
 USUAL_SHARE = 0.2
 """Of a frame's latents, how many usually belong to objects."""
-EVENLY = (0.5, 3.0)
-"""How much less or more each latent of large and small objects may count."""
+EVENLY = (1.0, 3.0)
+"""How much more each latent of small objects may count."""
 
 
 def find_objects(latents_BFCHW: Tensor) -> tuple[Tensor, Tensor]:

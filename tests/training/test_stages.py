@@ -134,13 +134,13 @@ def test_objects_are_found_and_erased_from_some_pasts() -> None:
     assert erased[changed[:, :, None].expand_as(erased)].unique().item() == pytest.approx(0.3)
 
 
-def test_small_objects_count_as_much_as_large_ones_within_bounds() -> None:
+def test_small_objects_count_more_for_their_area_within_bounds() -> None:
     latents = torch.full((1, 4, 4, 8, 8), 0.3)
     for frame, side in enumerate((2, 3, 5)):
         latents[:, frame, :, :side, :side] = -2.0
     (weight,) = latent_weight(latents, 4.0)
     extra = (weight - 1).sum((1, 2)).tolist()
-    assert extra == pytest.approx([3 * 3 * 4, 3 * 0.2 * 64, 3 * 0.512 * 25, 0.0])
+    assert extra == pytest.approx([3 * 3 * 4, 3 * 0.2 * 64, 3 * 25, 0.0])
     assert (weight[3] == 1).all(), "an empty frame is background"
 
 
