@@ -31,7 +31,9 @@ def main() -> int:
         from chaos.run import run
 
         return run(wish, caged=os.environ[INSIDE] == "caged")
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A shell's background job begins with SIGINT ignored, and this one is to end by it.
+    for end in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(end, _interrupt)
     adopt_orphans()
     cage = find_cage()
     if cage.refusal:

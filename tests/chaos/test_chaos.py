@@ -193,6 +193,7 @@ def _interrupt(how: signal.Signals, mark: str, out: Path) -> None:
             time.sleep(0.1)
     finally:
         run.kill()
+        run.wait(10)
     assert list(ours(mark)) == []
 
 
