@@ -1,11 +1,9 @@
-"""The archive: one session as one file, which another service can take in. One msgpack map.
+"""The archive: one session as one file, which another service can take in.
 
     {magic, size, format, session: {...}, controls: [[event_id, chunk, prompt]],
      digests: [[chunk, digest]], point, snapshot, clip, digest}
 
-`magic`, `size` (of the whole file, eight bytes) and `format` stand first, at fixed places, and last
-`digest`, the SHA-256 of every byte before it: what is wrong with a file is known before any of it
-is believed, in this format and every later one. `snapshot` is the file of `snapshot.py` for the
+`envelope.py` says what holds the file together. `snapshot` is the file of `snapshot.py` for the
 state at chunk `point`, or nil if the session is to be made again from its start; `clip` is what was
 uploaded, or nil. Knows nothing of stores, and does not judge what a session may be.
 """
@@ -17,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import msgpack
-
 from echo_ray.errors import (
     ArchiveCorrupt,
     ArchiveForeign,
@@ -27,6 +23,7 @@ from echo_ray.errors import (
     ArchiveVersion,
 )
 from echo_ray.session.control_log import DIGESTS_KEPT
+from echo_ray.session.envelope import Envelope, pack
 from echo_ray.session.records import (
     ClipRef,
     ControlEntry,
@@ -38,11 +35,21 @@ from echo_ray.session.records import (
 
 MAGIC = "echo-ray/archive"
 FORMAT = 1
-PIECE_BYTES = 2**20
-MAX_TEXT_BYTES = 2**20
 MAX_ITEMS = 2**20
 MAX_NAME_CHARS = 256
 """Of a digest or a fingerprint."""
+ENVELOPE = Envelope(
+    name="archive",
+    magic=MAGIC,
+    format=FORMAT,
+    max_items=MAX_ITEMS,
+    source="a file that an export wrote",
+    remedy="fetch it again or export the session again",
+    foreign=ArchiveForeign,
+    truncated=ArchiveTruncated,
+    corrupt=ArchiveCorrupt,
+    newer=ArchiveVersion,
+)
 _KEYS = ("session", "controls", "digests", "point", "snapshot", "clip")
 _SESSION = {
     "id": str,
@@ -77,14 +84,11 @@ def pieces(archive: Archive) -> tuple[int, Iterator[bytes]]:
     """The size of the file in bytes, and the file in pieces of at most about a megabyte."""
     head = [_session(archive.record), [[e.event_id, e.chunk, e.prompt] for e in archive.controls]]
     small = [*head, sorted(archive.digests.items()), archive.point]
-    parts: list[bytes] = [_pack(part) for pair in zip(_KEYS, small, strict=False) for part in pair]
+    parts: list[bytes] = [pack(part) for pair in zip(_KEYS, small, strict=False) for part in pair]
     for name, blob in (("snapshot", archive.snapshot), ("clip", archive.clip)):
-        parts.append(_pack(name))
+        parts.append(pack(name))
         parts += [_NIL] if blob is None else [_bin_head(blob), blob]
-    parts.insert(0, _pack("format") + _pack(FORMAT))
-    size = _BODY_AT + sum(len(part) for part in parts) + _TAIL_BYTES
-    parts.insert(0, _OPENING + size.to_bytes(8, "big"))
-    return size, _hashed(parts)
+    return ENVELOPE.close([pack("format"), pack(FORMAT), *parts], 1 + len(_KEYS))
 
 
 def decode(data: bytes, *, limit_bytes: int) -> Archive:
@@ -95,8 +99,7 @@ def decode(data: bytes, *, limit_bytes: int) -> Archive:
     """
     if len(data) > limit_bytes:
         raise too_large(limit_bytes)
-    _check_envelope(data)
-    body = _unpack(data, limit_bytes)
+    body = ENVELOPE.open(data, limit_bytes=limit_bytes)
     if tuple(body) != ("magic", "size", "format", *_KEYS, "digest"):
         raise ArchiveCorrupt(f"archive keys are not those of format {FORMAT}: {sorted(body)[:20]}")
     try:
@@ -196,78 +199,8 @@ def _short(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_NAME_CHARS
 
 
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
-    return packed
-
-
 def _bin_head(blob: bytes) -> bytes:
     return b"\xc6" + len(blob).to_bytes(4, "big")
 
 
 _NIL = b"\xc0"
-_MAGIC_PAIR = _pack("magic") + _pack(MAGIC)
-# A map of ten pairs; behind each head a value whose length never changes.
-_OPENING = b"\x8a" + _MAGIC_PAIR + _pack("size") + b"\xc4\x08"
-_DIGEST_HEAD = _pack("digest") + b"\xc4\x20"
-_BODY_AT = len(_OPENING) + 8
-_TAIL_BYTES = len(_DIGEST_HEAD) + 32
-
-
-def _hashed(parts: Sequence[bytes]) -> Iterator[bytes]:
-    sha256 = hashlib.sha256()
-    for part in parts:
-        view = memoryview(part)
-        for at in range(0, len(view), PIECE_BYTES):
-            piece = bytes(view[at : at + PIECE_BYTES])
-            sha256.update(piece)
-            yield piece
-    yield _DIGEST_HEAD + sha256.digest()
-
-
-def _check_envelope(data: bytes) -> None:
-    # A map of at most 15 pairs begins with one byte.
-    ours = _MAGIC_PAIR.startswith(data[1 : 1 + len(_MAGIC_PAIR)])
-    if not data or data[0] & 0xF0 != 0x80 or not ours:
-        raise ArchiveForeign("not an echo_ray archive; give a file that an export wrote")
-    size = int.from_bytes(data[_BODY_AT - 8 : _BODY_AT], "big")
-    if len(data) < _BODY_AT + _TAIL_BYTES or len(data) < size:
-        raise ArchiveTruncated(f"the archive ends early, after {len(data)} bytes; fetch it again")
-    split = len(data) - _TAIL_BYTES
-    digest = hashlib.sha256(memoryview(data)[:split]).digest()
-    if data[split:] != _DIGEST_HEAD + digest or size != len(data):
-        raise ArchiveCorrupt(
-            f"the archive of {len(data)} bytes does not match its checksum; fetch it again"
-        )
-    unpacker = msgpack.Unpacker()
-    # The key and the longest number that msgpack knows.
-    unpacker.feed(data[_BODY_AT : _BODY_AT + 16])
-    try:
-        key, version = unpacker.unpack(), unpacker.unpack()
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ArchiveCorrupt("the archive's format is unreadable; export it again") from error
-    if key != "format" or type(version) is not int or version < 1:
-        raise ArchiveCorrupt(f"the archive's format {version!r:.80} is not a positive number")
-    if version > FORMAT:
-        raise ArchiveVersion(
-            f"archive format {version} is newer than this release reads ({FORMAT}); upgrade"
-        )
-
-
-def _unpack(data: bytes, limit_bytes: int) -> dict[str, Any]:
-    try:
-        body = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_bin_len=limit_bytes,
-            max_str_len=MAX_TEXT_BYTES,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ArchiveCorrupt(f"the archive cannot be unpacked: {error}") from error
-    if not isinstance(body, dict):
-        raise ArchiveCorrupt(f"the archive is a {type(body).__name__}, not a map")
-    return body

@@ -26,6 +26,7 @@ from echo_ray.session import archive as archives
 from echo_ray.session import rules
 from echo_ray.session.archive import Archive
 from echo_ray.session.control_log import DIGESTS_KEPT
+from echo_ray.session.envelope import pack
 from echo_ray.session.forking import Past
 from echo_ray.session.records import SessionRecord, SnapshotRef
 from echo_ray.session.sweep import StoredBlob
@@ -58,7 +59,7 @@ def encode(past: Past) -> bytes:
     _, pieces = archives.pieces(
         Archive(record=past.record, controls=past.controls, digests=past.digests)
     )
-    body = _pack(
+    body = pack(
         {
             "epoch": past.record.epoch,
             "sealed": past.record.sealed,
@@ -67,7 +68,7 @@ def encode(past: Past) -> bytes:
         }
     )
     digest = hashlib.sha256(body).digest()
-    return _pack({"magic": MAGIC, "format": FORMAT, "digest": digest, "body": body})
+    return pack({"magic": MAGIC, "format": FORMAT, "digest": digest, "body": body})
 
 
 def decode(blob: bytes, *, store: str, limit_bytes: int) -> Past:
@@ -118,11 +119,6 @@ def _ref(values: Sequence[Any], session_id: str, store: str) -> SnapshotRef:
         if type(value) is not kind:
             raise TypeError(f"snapshot {name} {value!r:.80}")
     return SnapshotRef(**dict(zip(_REF, values, strict=True)), session_id=session_id, store=store)
-
-
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
-    return packed
 
 
 def _unpack(data: bytes) -> dict[str, Any] | None:

@@ -1,22 +1,16 @@
-"""The snapshot format: one msgpack map, bounded, checksummed, never pickled.
+"""The snapshot format: the envelope of every file around a session's state, never pickled.
 
     {magic, size, format, fingerprint, header, tensors: {name: [dtype, shape, bytes]}, digest}
 
-`magic`, `size` (of the whole file, eight bytes) and `format` stand first, at fixed places, and last
-`digest`, the SHA-256 of every byte before it. That much is the same in every format, past and to
-come, so what is wrong with a file is known before any of it is believed: foreign by its magic,
-truncated by its size, corrupt by its digest, too new by its format. The codec knows nothing about
-models: names, dtypes and shapes are whatever the engine put there.
+`envelope.py` says what holds the file together. The codec knows nothing about models: names, dtypes
+and shapes are whatever the engine put there.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import msgpack
 
 from echo_ray.errors import (
     SnapshotCorrupt,
@@ -25,6 +19,7 @@ from echo_ray.errors import (
     SnapshotTruncated,
     SnapshotVersion,
 )
+from echo_ray.session.envelope import MAX_TEXT_BYTES, Envelope, pack
 
 MAGIC = "echo-ray/snapshot"
 FORMAT = 1
@@ -38,9 +33,20 @@ DTYPE_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
-MAX_TEXT_BYTES = 2**20
 MAX_ITEMS = 2**16
 MAX_DEPTH = 32
+ENVELOPE = Envelope(
+    name="snapshot",
+    magic=MAGIC,
+    format=FORMAT,
+    max_items=MAX_ITEMS,
+    source="a file written by echo_ray",
+    remedy="fetch it again or use another",
+    foreign=SnapshotForeign,
+    truncated=SnapshotTruncated,
+    corrupt=SnapshotCorrupt,
+    newer=SnapshotVersion,
+)
 _KEYS = ("magic", "size", "format", "fingerprint", "header", "tensors", "digest")
 
 
@@ -105,11 +111,7 @@ def decode(blob: bytes, *, limit_bytes: int = 2**30) -> Snapshot:
     """
     if len(blob) > limit_bytes:
         raise SnapshotError(f"snapshot has {len(blob)} bytes; at most {limit_bytes} are read")
-    _check_envelope(blob)
-    _check_version(blob)
-    data = _unpack(blob, limit_bytes)
-    if data["size"] != len(blob).to_bytes(8, "big"):
-        raise SnapshotCorrupt(f"snapshot has {len(blob)} bytes, its size says otherwise")
+    data = ENVELOPE.open(blob, limit_bytes=limit_bytes)
     if tuple(data) != _KEYS:
         wrong = sorted(str(k) for k in set(data) ^ set(_KEYS)) or ["not in their order"]
         raise SnapshotCorrupt(f"snapshot keys are missing or surplus: {', '.join(wrong)}")
@@ -125,94 +127,9 @@ def decode(blob: bytes, *, limit_bytes: int = 2**30) -> Snapshot:
 
 
 def enclose(body: Mapping[str, Any]) -> bytes:
-    """The file of any body: magic and size before it, digest behind it."""
-    # A map of at most 15 keys begins with one byte.
-    packed = [_pack(part) for pair in body.items() for part in pair]
-    size = _BODY_AT + sum(len(p) for p in packed) + _TAIL_BYTES
-    parts = [bytes([0x80 | len(body) + 3]), _OPENING, size.to_bytes(8, "big"), *packed]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return b"".join([*parts, _DIGEST_HEAD, digest.digest()])
-
-
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, use_bin_type=True)
-    return packed
-
-
-_MAGIC_PAIR = _pack("magic") + _pack(MAGIC)
-# The heads of two values whose length never changes: raw bytes, eight and thirty-two of them.
-_OPENING = _MAGIC_PAIR + _pack("size") + b"\xc4\x08"
-_DIGEST_HEAD = _pack("digest") + b"\xc4\x20"
-_BODY_AT = 1 + len(_OPENING) + 8
-_TAIL_BYTES = len(_DIGEST_HEAD) + 32
-
-
-def _check_envelope(blob: bytes) -> None:
-    if not _MAGIC_PAIR.startswith(blob[1 : 1 + len(_MAGIC_PAIR)]):
-        raise _foreign()
-    if len(blob) < _BODY_AT + _TAIL_BYTES:
-        if blob and blob[0] & 0xF0 != 0x80:
-            raise _foreign()
-        raise _truncated(blob)
-    split = len(blob) - _TAIL_BYTES
-    digest = hashlib.sha256(memoryview(blob)[:split]).digest()
-    if blob[split:] == _DIGEST_HEAD + digest:
-        return
-    size = int.from_bytes(blob[_BODY_AT - 8 : _BODY_AT], "big")
-    # A file that ends as a whole one does was not cut: then it is the size that was damaged.
-    if len(blob) < size and not blob.startswith(_DIGEST_HEAD, split):
-        raise _truncated(blob)
-    raise SnapshotCorrupt(
-        f"snapshot of {len(blob)} bytes does not match its checksum; fetch it again or use another"
-    )
-
-
-def _check_version(blob: bytes) -> None:
-    # The key and the longest number that msgpack knows.
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(blob[_BODY_AT : _BODY_AT + 16])
-    try:
-        key, version = unpacker.unpack(), unpacker.unpack()
-    except (ValueError, msgpack.UnpackException) as error:
-        raise SnapshotCorrupt("snapshot format is unreadable; use another snapshot") from error
-    number = isinstance(version, int) and not isinstance(version, bool)
-    if key != "format" or not number or version < 1:
-        raise SnapshotCorrupt(f"snapshot format {version!r} is not a positive number")
-    if version > FORMAT:
-        raise SnapshotVersion(
-            f"snapshot format {version} is newer than this release reads ({FORMAT}); upgrade"
-        )
-
-
-def _unpack(blob: bytes, limit_bytes: int) -> dict[str, Any]:
-    try:
-        data = msgpack.unpackb(
-            blob,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_without_twins,
-            max_bin_len=limit_bytes,
-            max_str_len=MAX_TEXT_BYTES,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise SnapshotCorrupt(
-            f"snapshot of {len(blob)} bytes is damaged and cannot be unpacked: {error}"
-        ) from error
-    if not isinstance(data, dict):
-        raise SnapshotCorrupt(f"snapshot is a {type(data).__name__}, not a map")
-    return data
-
-
-def _without_twins(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
-    return found
+    """The file of any body, whose first key is `format`."""
+    _, pieces = ENVELOPE.close([pack(part) for pair in body.items() for part in pair], len(body))
+    return b"".join(pieces)
 
 
 def _buffer(name: object, value: object) -> Buffer:
@@ -260,13 +177,3 @@ def _text(value: str) -> str:
     if size > MAX_TEXT_BYTES:
         raise SnapshotError(f"text of {size} bytes; at most {MAX_TEXT_BYTES} are kept")
     return value
-
-
-def _truncated(blob: bytes) -> SnapshotTruncated:
-    return SnapshotTruncated(f"snapshot ends early, after {len(blob)} bytes; fetch it again")
-
-
-def _foreign() -> SnapshotForeign:
-    return SnapshotForeign(
-        "not an echo_ray snapshot: the magic is missing; give a file written by echo_ray"
-    )

@@ -77,7 +77,7 @@ def test_files_that_are_no_whole_archive() -> None:
         newer = data.replace(b"\xa6format\x01", b"\xa6format\x02")
         newer = newer[:-32] + hashlib.sha256(newer[: -32 - 9]).digest()
         for body, code in (
-            (b"", "archive_foreign"),
+            (b"", "archive_truncated"),
             (b"PK" * 50, "archive_foreign"),
             (BLOB, "archive_foreign"),
             (data[:-1], "archive_truncated"),

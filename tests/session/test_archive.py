@@ -20,8 +20,9 @@ from echo_ray.errors import (
     ArchiveTruncated,
     ArchiveVersion,
 )
-from echo_ray.session.archive import FORMAT, MAGIC, PIECE_BYTES, Archive, decode, pieces
+from echo_ray.session.archive import FORMAT, MAGIC, Archive, decode, pieces
 from echo_ray.session.control_log import DIGESTS_KEPT
+from echo_ray.session.envelope import PIECE_BYTES
 from echo_ray.session.records import ClipRef, ControlEntry, OnIdle, Pace, SessionState
 from echo_ray.session.snapshot import Snapshot
 from echo_ray.session.snapshot import encode as encode_snapshot

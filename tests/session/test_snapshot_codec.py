@@ -18,11 +18,11 @@ from echo_ray.errors import (
     SnapshotTruncated,
     SnapshotVersion,
 )
+from echo_ray.session.envelope import MAX_TEXT_BYTES
 from echo_ray.session.snapshot import (
     DTYPE_BYTES,
     FORMAT,
     MAGIC,
-    MAX_TEXT_BYTES,
     Buffer,
     Snapshot,
     decode,
