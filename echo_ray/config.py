@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from echo_ray.config_access import AccessSection
+from echo_ray.config_rules import require as require
 from echo_ray.errors import ConfigError
 
 T = TypeVar("T")
@@ -26,12 +28,6 @@ _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 """Numbers that YAML 1.1 reads as texts unless they have both a point and a signed exponent."""
 
 _REDIS_URL = re.compile(r"rediss?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[0-9]*)?")
-
-
-def require(condition: bool, path: str, value: object, rule: str) -> None:
-    """Raise `ConfigError` naming the key, its value and the rule it breaks."""
-    if not condition:
-        raise ConfigError(f"{path}: {value!r} is not allowed: {rule}", param=path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +281,7 @@ class EchoConfig:
     storage: StorageSection = field(default_factory=StorageSection)
     http: HttpSection = field(default_factory=HttpSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
+    access: AccessSection = field(default_factory=AccessSection)
 
 
 def from_mapping(cls: type[T], data: object, path: str = "") -> T:

@@ -11,6 +11,10 @@
     │   ├── ClipInvalid        clip_invalid           400  1008   not a clip that can be read
     │   ├── ClipTooLarge       clip_too_large         413  1009   bytes, pictures or their size
     │   └── SegmentBeyondEnd   segment_beyond_end     400  1008   an index past the next one
+    ├── Unauthenticated        unauthenticated        401  1008   no bearer token
+    │   ├── TokenInvalid       token_invalid          401  1008   unknown, forged or malformed
+    │   └── TokenExpired       token_expired          401  1008
+    ├── Forbidden              forbidden              403  1008   a token without that right
     ├── NotFoundError          not_found              404  1008
     │   ├── SessionNotFound    session_not_found      404  1008
     │   ├── SnapshotNotFound   snapshot_not_found     404  1008
@@ -25,6 +29,7 @@
     ├── ChunkUnreachable       chunk_unreachable      410  1008   no snapshot leads there any more
     ├── ClipLost               clip_lost              410  1008   a session's clip is gone
     ├── CapacityError          capacity_exhausted     429  1013   retry later
+    │   ├── QuotaExceeded      quota_exceeded         429  1013   of the tenant
     │   └── ViewerTooSlow      viewer_too_slow        429  1013   fell behind the retention
     ├── UnavailableError       unavailable            503  1013
     │   ├── NoReplica          no_replica             503  1013
@@ -128,6 +133,22 @@ class SegmentBeyondEnd(InvalidRequestError):
     code = "segment_beyond_end"
 
 
+class Unauthenticated(EchoError):
+    code, http_status, ws_close = "unauthenticated", 401, 1008
+
+
+class TokenInvalid(Unauthenticated):
+    code = "token_invalid"
+
+
+class TokenExpired(Unauthenticated):
+    code = "token_expired"
+
+
+class Forbidden(EchoError):
+    code, http_status, ws_close = "forbidden", 403, 1008
+
+
 class NotFoundError(EchoError):
     code, http_status, ws_close = "not_found", 404, 1008
 
@@ -188,6 +209,12 @@ class ClipLost(EchoError):
 
 class CapacityError(EchoError):
     code, http_status, ws_close, retryable = "capacity_exhausted", 429, 1013, True
+
+
+class QuotaExceeded(CapacityError):
+    """What the tenant may have is used up."""
+
+    code = "quota_exceeded"
 
 
 class ViewerTooSlow(CapacityError):

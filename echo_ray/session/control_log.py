@@ -88,7 +88,7 @@ def check_text(name: str, value: str) -> None:
 
 def check_new(record: SessionRecord) -> None:
     """Refuse a record that no store could keep. Raises `InvalidRequestError`."""
-    for name in ("id", "model", "prompt"):
+    for name in ("id", "model", "prompt", "tenant"):
         check_text(name, getattr(record, name))
     if record.clip is not None:
         check_text("clip.id", record.clip.id)

@@ -52,6 +52,8 @@ class SessionRecord:
     pace: Pace = Pace.REALTIME
     on_idle: OnIdle = OnIdle.PAUSE
     labels: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""
+    """Whose it is; empty: nobody's in particular, made while access was off."""
     clip: ClipRef | None = None
     created_at: float = 0.0
     state: SessionState = SessionState.LIVE

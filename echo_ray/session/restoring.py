@@ -65,6 +65,8 @@ def encode(past: Past) -> bytes:
             "sealed": past.record.sealed,
             "snapshots": [[getattr(ref, name) for name in _REF] for ref in past.snapshots],
             "archive": b"".join(pieces),
+            # An archive is anybody's who has it, so it names no tenant.
+            **({"tenant": past.record.tenant} if past.record.tenant else {}),
         }
     )
     digest = hashlib.sha256(body).digest()
@@ -102,10 +104,10 @@ def decode(blob: bytes, *, store: str, limit_bytes: int) -> Past:
 
 def _past(body: Mapping[str, Any], store: str, limit_bytes: int) -> Past:
     archive = archives.decode(body["archive"], limit_bytes=limit_bytes)
-    epoch, sealed = body["epoch"], body["sealed"]
-    if type(epoch) is not int or type(sealed) is not int:
-        raise TypeError(f"epoch {epoch!r:.80} and sealed {sealed!r:.80}")
-    record = replace(archive.record, epoch=epoch, sealed=sealed)
+    epoch, sealed, tenant = body["epoch"], body["sealed"], body.get("tenant", "")
+    if type(epoch) is not int or type(sealed) is not int or type(tenant) is not str:
+        raise TypeError(f"epoch {epoch!r:.80}, sealed {sealed!r:.80}, tenant {tenant!r:.80}")
+    record = replace(archive.record, epoch=epoch, sealed=sealed, tenant=tenant)
     return Past(
         record=record,
         controls=archive.controls,

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from echo_ray.session.access import Quota
 from echo_ray.session.forking import Past
 from echo_ray.session.records import ControlEntry, Lease, ReplicaRecord, SessionRecord, SnapshotRef
 from echo_ray.session.sweep import StoredBlob
@@ -28,11 +29,15 @@ from echo_ray.session.sweep import StoredBlob
 class Directory(Protocol):
     """Sessions, their owners, control logs, commits and snapshot references; and live replicas."""
 
-    def create(self, record: SessionRecord) -> None:
-        """Add a session. Raises `SessionExists`; `InvalidRequestError` if it cannot be kept."""
+    def create(self, record: SessionRecord, *, quota: Quota | None = None) -> None:
+        """Add a session. Raises `SessionExists`; `InvalidRequestError` if it cannot be kept.
+
+        `quota`: of its tenant; raises `QuotaExceeded`. However many create at a time, it is never
+        overrun; closed sessions do not count, creations that failed may for a minute.
+        """
         ...
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: Past, *, quota: Quota | None = None) -> None:
         """Add a session that begins with a past: all of it or nothing, and nobody sees a part.
 
         From here it is a session like any other that nobody owns: its next chunk is the record's

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from echo_ray.clock import Clock
 from echo_ray.errors import SessionNotFound, StoreUnavailable
+from echo_ray.session.access import Quota
 from echo_ray.session.forking import Past
 from echo_ray.session.records import ControlEntry, Lease, SessionRecord, SnapshotRef
 from echo_ray.storage.interface import SnapshotStore
@@ -76,8 +77,8 @@ class KeptDirectory(RedisDirectory):
         self._keeper.close()
         super().close()
 
-    def restore(self, past: Past) -> None:
-        super().restore(past)
+    def restore(self, past: Past, *, quota: Quota | None = None) -> None:
+        super().restore(past, quota=quota)
         self._keeper.changed(past.record.id)
 
     def list(self) -> Sequence[SessionRecord]:

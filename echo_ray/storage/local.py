@@ -17,6 +17,7 @@ from typing import Any
 
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
+from echo_ray.session.access import Quota
 from echo_ray.session.control_log import DIGESTS_KEPT, LAST_CHUNK, LoggedControl
 from echo_ray.session.forking import Past, check_past
 from echo_ray.session.placement import sampled
@@ -28,6 +29,7 @@ from echo_ray.session.records import (
     SessionState,
     SnapshotRef,
 )
+from echo_ray.storage import sqlite_quota
 from echo_ray.storage import sqlite_rows as rows
 from echo_ray.storage.local_snapshots import LocalSnapshots
 from echo_ray.storage.sqlite_file import Channel, prepare
@@ -67,15 +69,17 @@ class LocalDirectory:
         for channel in self._channels:
             channel.close()
 
-    def create(self, record: SessionRecord) -> None:
-        self.restore(Past(record=record))
+    def create(self, record: SessionRecord, *, quota: Quota | None = None) -> None:
+        self.restore(Past(record=record), quota=quota)
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: Past, *, quota: Quota | None = None) -> None:
         check_past(past)
         record = past.record
         with self._durable.write() as db:
             if db.execute("SELECT 1 FROM sessions WHERE id = ?", (record.id,)).fetchone():
                 raise control_log.exists(record.id)
+            if quota is not None:
+                sqlite_quota.take(db, record, quota, self._clock.wall())
             seq = db.execute(rows.INSERT_SESSION, rows.session_values(record)).lastrowid
             controls = ((seq, e.event_id, e.chunk, e.prompt, None) for e in past.controls)
             db.executemany(_INSERT_CONTROL, controls)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 
 from echo_ray.clock import Clock, SystemClock
 from echo_ray.session import control_log
+from echo_ray.session.access import CREATE_WINDOW_S, Quota, Usage, check_quota
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
 from echo_ray.session.placement import sampled
 from echo_ray.session.records import (
     ControlEntry,
     Lease,
+    Pace,
     ReplicaRecord,
     SessionRecord,
     SessionState,
@@ -48,11 +50,12 @@ class MemoryDirectory:
         self._lock = threading.Lock()
         self._sessions: dict[str, _Session] = {}
         self._replicas: dict[str, ReplicaRecord] = {}
+        self._creates: dict[str, list[float]] = {}
 
-    def create(self, record: SessionRecord) -> None:
-        self.restore(Past(record=record))
+    def create(self, record: SessionRecord, *, quota: Quota | None = None) -> None:
+        self.restore(Past(record=record), quota=quota)
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: Past, *, quota: Quota | None = None) -> None:
         check_past(past)
         record = past.record
         session = _Session(
@@ -64,6 +67,8 @@ class MemoryDirectory:
         with self._lock:
             if record.id in self._sessions:
                 raise control_log.exists(record.id)
+            if quota is not None:
+                self._take(record, quota)
             self._sessions[record.id] = session
 
     def get(self, session_id: str) -> SessionRecord:
@@ -203,6 +208,24 @@ class MemoryDirectory:
             alive = [r for r in self._replicas.values() if r.alive_until > now]
             self._replicas = {r.id: r for r in alive}
         return sampled(sorted(alive, key=lambda r: r.id), among, named, self._rng)
+
+    def _take(self, record: SessionRecord, quota: Quota) -> None:
+        """Count one more session of its tenant. Raises `QuotaExceeded`."""
+        now = self._clock.wall()
+        made = [at for at in self._creates.get(record.tenant, []) if at > now - CREATE_WINDOW_S]
+        all_open = [
+            s.record
+            for s in self._sessions.values()
+            if s.record.tenant == record.tenant and s.record.state is not SessionState.CLOSED
+        ]
+        usage = Usage(
+            sessions=len(all_open),
+            realtime=sum(r.pace is Pace.REALTIME for r in all_open),
+            creates=len(made),
+            oldest_create=min(made, default=0.0),
+        )
+        check_quota(quota, usage, record, now)
+        self._creates[record.tenant] = [*made, now]
 
     def close(self) -> None:
         """Nothing to let go of; the contents stay readable."""

@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from echo_ray.clock import Clock
 from echo_ray.session import control_log
+from echo_ray.session.access import Quota
 from echo_ray.session.control_log import DIGESTS_KEPT, LoggedControl
 from echo_ray.session.forking import Past, check_past
 from echo_ray.session.placement import check_among
@@ -53,6 +54,7 @@ from echo_ray.storage.redis_change import (
 from echo_ray.storage.redis_durability import check_safe, check_server, waits_for
 from echo_ray.storage.redis_link import Command, RedisLink, RedisServer, Script
 from echo_ray.storage.redis_open import MOVE, OpenSessions
+from echo_ray.storage.redis_quota import TAKE, TenantSessions
 from echo_ray.storage.redis_rows import Damaged, Keys, Stored
 
 _RENEW = Script("""#!lua flags=allow-oom
@@ -88,9 +90,10 @@ class RedisDirectory:
         self._clock = clock
         self._keys = Keys(prefix)
         self._wait = waits_for(durability, replicas)
-        self._link = RedisLink(server, (SET_IF_SAME, _RENEW, MOVE))
+        self._link = RedisLink(server, (SET_IF_SAME, _RENEW, MOVE, TAKE))
         self._sessions = SessionKeys(self._link, self._keys, self._wait)
-        self._open = OpenSessions(self._link, self._keys, self._sessions)
+        self._tenants = TenantSessions(self._link, self._keys, self._sessions)
+        self._open = OpenSessions(self._link, self._keys, self._sessions, self._tenants)
         try:
             check_server(self._link, durability)
         except BaseException:
@@ -100,12 +103,13 @@ class RedisDirectory:
     def close(self) -> None:
         self._link.close()
 
-    def create(self, record: SessionRecord) -> None:
-        self.restore(Past(record=record))
+    def create(self, record: SessionRecord, *, quota: Quota | None = None) -> None:
+        self.restore(Past(record=record), quota=quota)
 
-    def restore(self, past: Past) -> None:
+    def restore(self, past: Past, *, quota: Quota | None = None) -> None:
         check_past(past)
         record = past.record
+        self._tenants.take(record, quota)
         keys = self._sessions.all_of(record.id)
         named: Command = ("SADD", self._keys.sessions, record.id)
         _, seq, time = self._link.run(named, ("INCR", self._keys.created), _TIME)
@@ -152,12 +156,11 @@ class RedisDirectory:
     def delete(self, session_id: str) -> None:
         keys = self._sessions.all_of(session_id)
         wait = self._wait.answer
-        deleted, _, _, *safe = self._link.run(
-            ("DEL", *keys),
-            ("SREM", self._keys.sessions, session_id),
-            self._open.forget(session_id),
-            wait=wait,
-        )
+        (text,) = self._link.run(("HGET", keys[0], "tenant"))
+        named = ("SREM", self._keys.sessions, session_id)
+        names = [named, *self._open.forget(session_id, rows.tenant_from(text))]
+        replies = self._link.run(("DEL", *keys), *names, wait=wait)
+        deleted, safe = replies[0], replies[1 + len(names) :]
         if not deleted:
             raise control_log.not_found(session_id)
         check_safe(self._link.address, wait, safe)

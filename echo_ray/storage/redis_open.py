@@ -23,6 +23,7 @@ from echo_ray.session.records import SessionRecord, SessionState
 from echo_ray.storage import redis_rows as rows
 from echo_ray.storage.redis_change import SessionKeys
 from echo_ray.storage.redis_link import Command, RedisLink, Script
+from echo_ray.storage.redis_quota import TenantSessions
 from echo_ray.storage.redis_rows import Keys, Stored
 
 LOOK_S = 60.0
@@ -46,23 +47,26 @@ return 1
 class OpenSessions:
     """The index on one server. Times are the server's."""
 
-    def __init__(self, link: RedisLink, keys: Keys, sessions: SessionKeys) -> None:
+    def __init__(
+        self, link: RedisLink, keys: Keys, sessions: SessionKeys, tenants: TenantSessions
+    ) -> None:
         self._link = link
         self._key = keys.open
         self._sessions = sessions
+        self._tenants = tenants
 
     def name(self, session_id: str, now: float) -> Command:
         """What names a session; sent before it is there."""
         return ("ZADD", self._key, now, session_id)
 
-    def forget(self, session_id: str) -> Command:
-        """What takes the name of a session away that is closed or gone."""
-        return ("ZREM", self._key, session_id)
+    def forget(self, session_id: str, tenant: str) -> list[Command]:
+        """What takes the names of a session away that is closed or gone."""
+        return [("ZREM", self._key, session_id), *self._tenants.forget(session_id, tenant)]
 
     def follow(self, record: SessionRecord, now: float) -> None:
         """Note that the session has got, or lost, its owner."""
         if record.state is SessionState.CLOSED:
-            self._link.run(self.forget(record.id))
+            self._link.run(*self.forget(record.id, record.tenant))
         elif goes_on(record):
             self._link.run(("ZADD", self._key, max(now, record.lease_until), record.id))
 

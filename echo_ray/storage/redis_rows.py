@@ -9,6 +9,7 @@
     {prefix}:s:{id}:piece:...  a piece of a blob
     {prefix}:sessions          set: ids of all sessions, and perhaps of some that are not there
     {prefix}:open              sorted set: ids of open sessions by when to look (redis_open.py)
+    {prefix}:t:{tenant}:WHAT   sorted set: ids of a tenant's sessions by when (redis_quota.py)
     {prefix}:blobs             set: ids of all sessions with blobs, and perhaps of others
     {prefix}:identity          set while nothing was lost (redis_identity.py)
     {prefix}:created           how many sessions were created
@@ -80,6 +81,10 @@ class Keys:
         check_text("session_id", session_id)
         return f"{self._prefix}:s:{{{session_id}}}:{what}"
 
+    def tenant(self, tenant: str, what: str) -> str:
+        """A key of one tenant."""
+        return f"{self._prefix}:t:{{{tenant}}}:{what}"
+
     def replica(self, replica_id: str) -> str:
         check_text("replica_id", replica_id)
         return f"{self._prefix}:r:{{live}}:at:{replica_id}"
@@ -116,6 +121,8 @@ def stored_from(reply: list[bytes]) -> Stored | None:
         return None
     raw = dict(zip(reply[::2], reply[1::2], strict=True))
     try:
+        # Sessions of releases without tenants have no such field.
+        raw.setdefault(b"tenant", b'""')
         held = {name: json.loads(raw[name.encode()]) for name in _SESSION_FIELDS}
         held["pace"], held["on_idle"] = Pace(held["pace"]), OnIdle(held["on_idle"])
         held["state"] = SessionState(held["state"])
@@ -128,6 +135,15 @@ def stored_from(reply: list[bytes]) -> Stored | None:
         return Stored(SessionRecord(**held), raw[b"version"].decode(), *counters)
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"a session is unreadable: {error!r}") from error
+
+
+def tenant_from(text: bytes | None) -> str:
+    """The tenant in a session's field; none if that is missing or unreadable."""
+    try:
+        tenant = json.loads(text or b'""')
+    except ValueError:
+        return ""
+    return tenant if isinstance(tenant, str) else ""
 
 
 def entry_member(position: int, logged: LoggedControl) -> str:

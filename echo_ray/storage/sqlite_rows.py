@@ -93,6 +93,7 @@ def session_values(record: SessionRecord) -> tuple[Any, ...]:
         "pace": record.pace.value,
         "on_idle": record.on_idle.value,
         "labels": dict(record.labels),
+        "tenant": record.tenant,
         "clip": None if record.clip is None else asdict(record.clip),
     }
     return record.id, record.created_at, json.dumps(body), *mutable_values(record)
@@ -103,7 +104,7 @@ def session_from(row: tuple[Any, ...]) -> tuple[int, SessionRecord]:
     seq, id_, created_at, text, state, owner, epoch, lease_until, next_index, sealed, print_ = row
     try:
         body = json.loads(text)
-        # Rows of releases that took no clips have no such key.
+        # Rows of older releases have neither a clip nor a tenant.
         clip = body.get("clip")
         return int(seq), SessionRecord(
             id=id_,
@@ -113,6 +114,7 @@ def session_from(row: tuple[Any, ...]) -> tuple[int, SessionRecord]:
             pace=Pace(body["pace"]),
             on_idle=OnIdle(body["on_idle"]),
             labels=dict(body["labels"]),
+            tenant=str(body.get("tenant", "")),
             clip=None if clip is None else ClipRef(**clip),
             created_at=float(created_at),
             state=SessionState(state),
