@@ -53,8 +53,8 @@ class Mover:
 
     async def look(self) -> None:
         """Begin the moves that are due."""
-        replicas = await asyncio.to_thread(self._front.directory.replicas)
-        leaving = {sid: r.id for r in replicas if r.state == "draining" for sid in r.sessions}
+        draining = await asyncio.to_thread(self._front.directory.draining)
+        leaving = {session_id: r.id for r in draining for session_id in r.sessions}
         for session_id, source in leaving.items():
             if session_id not in self._moves:
                 move = asyncio.create_task(self._move(session_id, source))

@@ -180,6 +180,10 @@ class Directory(Protocol):
         """
         ...
 
+    def draining(self) -> Sequence[ReplicaRecord]:
+        """Those of the `replicas` whose state is `draining`: as much work as there are of them."""
+        ...
+
     def close(self) -> None:
         """Let go of files and connections. Closing twice is allowed."""
         ...

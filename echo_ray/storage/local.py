@@ -240,6 +240,9 @@ class LocalDirectory:
             alive = [rows.replica_from(row) for row in found]
         return sampled(alive, among, named, self._rng)
 
+    def draining(self) -> Sequence[ReplicaRecord]:
+        return [r for r in self.replicas() if r.state == "draining"]
+
     def _change(
         self, session_id: str, change: Callable[[SessionRecord], SessionRecord]
     ) -> SessionRecord:

@@ -227,6 +227,9 @@ class MemoryDirectory:
         check_quota(quota, usage, record, now)
         self._creates[record.tenant] = [*made, now]
 
+    def draining(self) -> Sequence[ReplicaRecord]:
+        return [r for r in self.replicas() if r.state == "draining"]
+
     def close(self) -> None:
         """Nothing to let go of; the contents stay readable."""
 

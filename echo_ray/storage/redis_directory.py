@@ -314,16 +314,20 @@ class RedisDirectory:
         now, alive = rows.seconds(time), self._keys.alive
         text = rows.replica_text(replace(record, alive_until=now + ttl_s))
         kept_ms = int((ttl_s + _REPLICA_KEPT_S) * 1000)
+        listed = "SADD" if record.state == "draining" else "SREM"
         self._link.run(
             ("SET", self._keys.replica(record.id), text, "PX", kept_ms),
             ("ZADD", alive, now + ttl_s, record.id),
             ("ZREMRANGEBYSCORE", alive, "-inf", now - _REPLICA_KEPT_S),
             ("PEXPIRE", alive, kept_ms),
+            (listed, self._keys.draining, record.id),
         )
 
     def remove_replica(self, replica_id: str) -> None:
         self._link.run(
-            ("DEL", self._keys.replica(replica_id)), ("ZREM", self._keys.alive, replica_id)
+            ("DEL", self._keys.replica(replica_id)),
+            ("ZREM", self._keys.alive, replica_id),
+            ("SREM", self._keys.draining, replica_id),
         )
 
     def replicas(
@@ -335,13 +339,24 @@ class RedisDirectory:
             drawn = ("ZRANDMEMBER", self._keys.alive, among)
         # The dead are among them, for the minute until they are forgotten.
         raw, time = self._link.run(drawn, _TIME)
-        if not raw and not named:
+        return self._living({*(i.decode() for i in raw), *named}, rows.seconds(time))
+
+    def draining(self) -> Sequence[ReplicaRecord]:
+        raw, time = self._link.run(("SMEMBERS", self._keys.draining), _TIME)
+        ids = {i.decode() for i in raw}
+        found = self._living(ids, rows.seconds(time))
+        if gone := ids - {r.id for r in found}:
+            # Nobody took them off the list. One that comes back puts itself on it again.
+            self._link.run(("SREM", self._keys.draining, *gone))
+        return [r for r in found if r.state == "draining"]
+
+    def _living(self, ids: Collection[str], now: float) -> Sequence[ReplicaRecord]:
+        """Those of the replicas that are alive, by id; `now` is the server's."""
+        if not ids:
             return []
-        now = rows.seconds(time)
         ahead_s = now - self._clock.wall()
         with self._sessions.undamaged():
-            keys = [self._keys.replica(id_) for id_ in {*(i.decode() for i in raw), *named}]
-            (texts,) = self._link.run(("MGET", *keys))
+            (texts,) = self._link.run(("MGET", *(self._keys.replica(id_) for id_ in ids)))
             found = [rows.replica_from(text) for text in texts if text is not None]
         alive = [r for r in found if r.alive_until > now]
         alive.sort(key=lambda r: r.id)

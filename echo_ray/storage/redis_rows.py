@@ -15,6 +15,7 @@
     {prefix}:created           how many sessions were created
     {prefix}:waited            how often something was waited for that was written before
     {prefix}:r:{live}:until    sorted set: replica id by the time until which it is alive
+    {prefix}:r:{live}:draining set: ids of replicas that drain, and perhaps of some that are gone
     {prefix}:r:{live}:at:ID    a replica, with an expiry
 
 Times until which something holds are of the server's clock.
@@ -75,6 +76,7 @@ class Keys:
         self.created = f"{prefix}:created"
         self.waited = f"{prefix}:waited"
         self.alive = f"{prefix}:r:{{live}}:until"
+        self.draining = f"{prefix}:r:{{live}}:draining"
 
     def of(self, session_id: str, what: str) -> str:
         """A key of one session. Raises `InvalidRequestError` for an id without a UTF-8 form."""

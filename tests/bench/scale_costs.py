@@ -24,7 +24,7 @@ from fakes import FakeEngine
 from redis_server import RedisProcess
 from replicas import Replicas
 from s3_server import SECRET, Door, S3Server, serve_door, snapshots
-from scale_load import PROMPT, REPLICAS, ROUTERS, SESSIONS, loaded, replica, session
+from scale_load import FEW, PROMPT, REPLICAS, ROUTERS, SESSIONS, loaded, replica, session
 from scale_meter import Cost, Meter, head, row, say
 
 from echo_ray.clock import SystemClock
@@ -42,7 +42,9 @@ CHUNK_S = 0.75
 POINT_EVERY, DURABLE_EVERY = 8, 6
 EVENTS_PER_SESSION_S, CREATES_PER_S, VIEWERS_PER_S = 1 / 30, 20.0, 100.0
 LOOKS = 2
-"""How often a router reads all replicas to place one session: a look, a short wait, a look."""
+"""How often a router reads replicas to place one session: a look, a short wait, a look."""
+LOOK_S = 0.5
+"""How often a router looks for replicas that drain."""
 SIZES = {"echo-tiny": 74_000, "1.3B": 21_000_000}
 HERE_REPLICAS, HERE_SESSIONS = 4, 24
 WINDOW_S = 8.0
@@ -270,7 +272,7 @@ def full(costs: dict[str, Cost], load: dict[str, Cost]) -> None:
     head(f"{SESSIONS:,} sessions, {REPLICAS:,} replicas, {ROUTERS} routers: per second")
     section = SessionSection()
     ttl_s, sweep_s, beats = section.lease_ttl_s, section.sweep_s, REPLICAS / section.lease_renew_s
-    creating = costs["a session created"] + load["replicas()"]
+    creating = costs["a session created"] + load["few replicas"]
     parts = {
         "chunks": load["seal and commit"] * (SESSIONS / CHUNK_S),
         "renewals": load["renew"] * beats,
@@ -279,7 +281,8 @@ def full(costs: dict[str, Cost], load: dict[str, Cost]) -> None:
         "sweeps: looking": costs["orphans(), per orphan"] * (SESSIONS / ttl_s),
         "events": costs["an event"] * (SESSIONS * EVENTS_PER_SESSION_S),
         "creates": creating * CREATES_PER_S,
-        "viewers who come": (load["get"] + load["replicas()"]) * VIEWERS_PER_S,
+        "viewers who come": (load["get"] + load["few replicas"]) * VIEWERS_PER_S,
+        "looks for replicas that drain": load["draining(), none"] * (ROUTERS / LOOK_S),
     }
     for name, cost in parts.items():
         row(name, cost)
@@ -289,7 +292,8 @@ def full(costs: dict[str, Cost], load: dict[str, Cost]) -> None:
     lost = SESSIONS * LOST
     head(f"the loss of {LOST:.0%}: {lost:.0f} sessions, once")
     row("claims, snapshots' references, logs", costs["a failover"] * lost)
-    row(f"replicas(), {LOOKS} times for each", load["replicas()"] * (lost * LOOKS))
+    few = load["few replicas"]
+    row(f"{FEW} replicas read, {LOOKS} times for each", few * (lost * LOOKS))
     say("\nsnapshots per second, by arithmetic")
     for name, size in SIZES.items():
         often = SESSIONS / CHUNK_S / POINT_EVERY

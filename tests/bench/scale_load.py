@@ -18,6 +18,8 @@ SESSIONS, REPLICAS, ROUTERS = 10_000, 2_000, 250
 PROMPT = "a red ball rolls over a green table and meets a blue cube " * 2
 FINGERPRINT = "echo-infinity-1.3b/cuda-sm90/bfloat16/point=8/code=1/0123456789abcdef"
 AT_ONCE, ROUNDS = 200, 25
+FEW = 16
+"""So many replicas a router reads to place a session."""
 
 
 def replica(n: int) -> ReplicaRecord:
@@ -79,6 +81,10 @@ def loaded(server: RedisProcess, meter: Meter) -> dict[str, Cost]:
     )
     look = measured("get", lambda: under_load(lambda: directory.get(ids[0])))
     every = measured("replicas(), 2 at once", lambda: under_load(directory.replicas, 2))
+    few = measured(
+        f"replicas(among={FEW})", lambda: under_load(lambda: directory.replicas(among=FEW))
+    )
+    look_for = measured("draining(), none", lambda: under_load(directory.draining))
     directory.close()
     return {
         "seal and commit": (first + second) * 0.5,
@@ -86,6 +92,8 @@ def loaded(server: RedisProcess, meter: Meter) -> dict[str, Cost]:
         "put_replica": beat,
         "get": look,
         "replicas()": every,
+        "few replicas": few,
+        "draining(), none": look_for,
     }
 
 

@@ -237,6 +237,26 @@ def test_a_removed_replica_is_gone(directory: Directory) -> None:
     assert list(directory.replicas()) == []
 
 
+def test_those_that_drain_are_listed_while_they_do(directory: Directory, clock: FakeClock) -> None:
+    assert list(directory.draining()) == []
+    for name in "cab":
+        directory.put_replica(replica(name), ttl_s=9)
+    for name in "cb":
+        directory.put_replica(replica(name, state="draining"), ttl_s=9)
+    assert list(directory.draining()) == [
+        replica(name, state="draining", alive_until=clock.wall() + 9) for name in "bc"
+    ]
+    directory.put_replica(replica("c", state="drained"), ttl_s=9)
+    assert [r.id for r in directory.draining()] == ["b"]
+    directory.put_replica(replica("b", state="draining"), ttl_s=1)
+    clock.advance(1.0)
+    assert list(directory.draining()) == []
+    directory.put_replica(replica("b", state="draining"), ttl_s=1)
+    assert [r.id for r in directory.draining()] == ["b"]
+    directory.remove_replica("b")
+    assert list(directory.draining()) == []
+
+
 def test_some_replicas_are_chosen_at_random_and_those_with_a_name_are_there(
     directory: Directory,
 ) -> None:
