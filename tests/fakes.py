@@ -150,6 +150,12 @@ class FakeEngine:
             {"hidden": Buffer("uint8", (32,), state.hidden)},
         )
 
+    def state_bytes(self, state: FakeState) -> int:
+        return len(state.hidden)
+
+    def memory(self) -> dict[str, int]:
+        return {"resident": 4096}
+
     def load(self, snapshot: Snapshot) -> FakeState:
         if snapshot.fingerprint != self.fingerprint:
             raise SnapshotForeign(f"snapshot of {snapshot.fingerprint!r}, not {self.fingerprint!r}")

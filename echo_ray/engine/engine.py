@@ -9,7 +9,7 @@ Shapes: B batch (1 here), F latent frames, C H W latent, N pixel frames.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
+from echo_ray.engine.footprint import device_memory, state_bytes
 from echo_ray.engine.generator import Generator, LatentState
 from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
@@ -159,6 +160,13 @@ class EchoEngine:
                 self._generator.rebuild(latent)
                 state.decoder = self._rebuilt_decoder(latent)
         return state
+
+    def state_bytes(self, state: SessionState) -> int:
+        return state_bytes(state)
+
+    def memory(self) -> Mapping[str, int]:
+        """See `footprint.device_memory`."""
+        return device_memory(self._device)
 
     def _latent(self, compact: CompactState) -> LatentState:
         """A stream at the compact state, its window still empty; geometry is checked here."""

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from collections.abc import Callable, Mapping
 
-from echo_ray.errors import EchoError
+from echo_ray.errors import ConflictError, EchoError, NotFoundError, SessionClosed
 from echo_ray.serve.segments import Segment
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.session.capacity import smoothed
 from echo_ray.session.engine_port import StreamShape
+from echo_ray.session.fingerprint import NoFittingReplica
+from echo_ray.storage.timed import StoreCall
+
+
+def tell_store_calls(telemetry: Telemetry) -> Callable[[StoreCall], None]:
+    """What counts the calls of a snapshot store, by tier."""
+
+    def tell(call: StoreCall) -> None:
+        tier, op = call.tier, call.op
+        telemetry.count("snapshot_store_calls", tier=tier, op=op, outcome=call.outcome)
+        telemetry.observe("snapshot_store_seconds", call.seconds, tier=tier, op=op)
+        telemetry.count("snapshot_store_bytes", call.size_bytes, tier=tier, op=op)
+
+    return tell
 
 
 class ProgressAccounts:
@@ -51,8 +67,16 @@ class ProgressAccounts:
             telemetry.count("stalls")
             telemetry.count("stall_seconds", late_s)
         telemetry.observe("drift_score", chunk.drift.score)
+        for part, reading in chunk.drift.parts.items():
+            if 0 <= reading < math.inf:
+                telemetry.count("drift_parts", reading, part=part)
         for flag in chunk.drift.flags:
             telemetry.count("drift_flags", flag=flag)
+
+    def memory(self, size_bytes: Mapping[str, int]) -> None:
+        """What the engine takes now, by kind."""
+        for kind, size in size_bytes.items():
+            self._telemetry.set("device_memory_bytes", size, kind=kind)
 
     def first_chunk(self, seconds: float, *, resumed: bool) -> None:
         start = "resume" if resumed else "new"
@@ -71,6 +95,12 @@ class ProgressAccounts:
         """A session was not taken over, because this engine may not go on with it."""
         self._telemetry.count("session_resumes", outcome="unfit")
         log(logging.WARNING, "unfit", session=session_id, error=error.message)
+
+    def not_resumed(self, error: Exception) -> None:
+        """Bringing a session back failed, and not because it is somebody else's by now."""
+        elsewhere = ConflictError | NoFittingReplica | NotFoundError | SessionClosed
+        if not isinstance(error, elsewhere):
+            self._telemetry.count("session_resumes", outcome="failed")
 
     def mismatch(
         self, session_id: str, index: int, digests: tuple[str, str], engines: tuple[str | None, str]

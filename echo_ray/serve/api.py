@@ -29,7 +29,7 @@ from echo_ray.serve.api_sessions import session_routes
 from echo_ray.serve.archive_body import BodyLimits
 from echo_ray.serve.forks import Forks
 from echo_ray.serve.front import Front
-from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView
+from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView, ScrapeTarget
 from echo_ray.serve.telemetry import CONTENT_TYPE
 from echo_ray.serve.viewers import viewer_routes
 
@@ -100,6 +100,12 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
     async def metrics() -> Response:
         """This router's metrics, for Prometheus."""
         return Response(front.telemetry.render(), media_type=CONTENT_TYPE)
+
+    @app.get("/metrics/targets", tags=["service"])
+    async def metrics_targets() -> list[ScrapeTarget]:
+        """Where the live replicas serve their own, as Prometheus' HTTP service discovery."""
+        replicas = await asyncio.to_thread(front.directory.replicas)
+        return [ScrapeTarget.of(r) for r in replicas]
 
 
 def _add_player(app: FastAPI, player: Path) -> None:

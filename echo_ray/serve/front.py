@@ -81,7 +81,7 @@ class Front:
         self.clock = clock
         self.telemetry = telemetry
         self.owners = Owners(directory, config, clock, rng)
-        self.relays = Relays(self.owners, config, clock, telemetry, rng)
+        self.relays = Relays(self.owners, config, clock, telemetry, rng, shape)
         self.snapshots = snapshots
         self.clips = ClipDesk(snapshots, shape, config.limits)
         self.http = httpx.AsyncClient(timeout=config.session.silence_s * 4, trust_env=False)
@@ -162,9 +162,12 @@ class Front:
                 f"session {session_id} has {limit} events (limits.events_per_session); "
                 "go on in a new session"
             )
-        return await asyncio.to_thread(
+        entry = await asyncio.to_thread(
             self.directory.append_control, session_id, event_id, prompt, at_chunk=at_chunk
         )
+        if at_chunk is None:
+            self.relays.acknowledged(session_id, entry.chunk)
+        return entry
 
     async def list_snapshots(self, session_id: str) -> list[SnapshotRef]:
         return list(await asyncio.to_thread(self.directory.snapshots, session_id))

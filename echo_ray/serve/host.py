@@ -133,6 +133,7 @@ class SessionHost:
             accounts=self._accounts,
             telemetry=self.telemetry,
             tiers=TierAccounts(self._store, self.telemetry),
+            shape=self.engine.shape,
             clock=self.clock,
             ttl_s=self.config.session.lease_ttl_s,
             renew_s=self.config.session.lease_renew_s,

@@ -7,6 +7,7 @@ replica's heartbeat, lets idle sessions go and forgets what has ended.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from echo_ray.serve.runner import Event, SessionRunner
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.serve.tier_accounts import TierAccounts
 from echo_ray.session import owner_events
+from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.owner_events import Effect
 from echo_ray.session.records import Lease, ReplicaRecord
 from echo_ray.storage.interface import Directory
@@ -38,6 +40,7 @@ class LeaseKeeper:
         accounts: ProgressAccounts,
         telemetry: Telemetry,
         tiers: TierAccounts,
+        shape: StreamShape,
         clock: Clock,
         ttl_s: float,
         renew_s: float,
@@ -52,6 +55,7 @@ class LeaseKeeper:
         self._accounts = accounts
         self._telemetry = telemetry
         self._tiers = tiers
+        self._shape = shape
         self._clock = clock
         self._ttl_s = ttl_s
         self._renew_s = renew_s
@@ -142,12 +146,37 @@ class LeaseKeeper:
                 continue
             owned = "running" if runner.now.caught_up else "loading"
             states["shadow" if runner.shadow else owned] += 1
-            if runner.newest_snapshot_at is not None:
-                oldest.append(runner.newest_snapshot_at)
+            if self._shape.point_every and self._is_wanted(runner):
+                oldest.append(self._saved_at(runner))
         for state, count in states.items():
             self._telemetry.set("sessions", count, state=state)
+        self._telemetry.set("state_bytes", sum(r.state_bytes for r in runners))
+        slack = [s for r in runners if (s := self._slack_s(r)) is not None]
+        # Of nobody, slack is without end; a lead would be a guess.
+        self._telemetry.set("playout_slack_seconds", min(slack, default=math.inf))
         self._telemetry.set("readers", sum(r.reader_count for r in runners))
         self._telemetry.set("session_slots", self._record().free_slots)
-        if oldest:
-            self._telemetry.set("oldest_snapshot_timestamp_seconds", min(oldest))
+        # A replica whose last session left has no snapshot that grows old.
+        self._telemetry.set("oldest_snapshot_timestamp_seconds", min(oldest, default=math.inf))
         self._tiers.tell()
+
+    def _slack_s(self, runner: SessionRunner) -> float | None:
+        """How long playout can still wait for the session's next chunk; None: nobody waits."""
+        now = runner.now
+        if now.playout is None or not self._is_wanted(runner):
+            return None
+        return now.playout.due_s(self._shape.start_s(now.committed)) - self._clock.monotonic()
+
+    @staticmethod
+    def _is_wanted(runner: SessionRunner) -> bool:
+        """Whether the session is owned here and its next chunk is to be made."""
+        now, want = runner.now, runner.wanted()
+        if now.ended is not None or runner.shadow or now.held_back or not now.caught_up:
+            return False
+        return want is None or now.committed < want
+
+    def _saved_at(self, runner: SessionRunner) -> float:
+        """Wall time of the newest snapshot, or of the arrival if there is none."""
+        if runner.newest_snapshot_at is not None:
+            return runner.newest_snapshot_at
+        return self._clock.wall() - (self._clock.monotonic() - runner.now.arrived_s)

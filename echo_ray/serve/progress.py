@@ -114,6 +114,7 @@ class Progress:
 
     def _forget(self) -> None:
         self._state = self._unconfirmed = self._fetching = None
+        self.runner.state_bytes = 0
 
     def _release(self) -> None:
         runner = self.runner
@@ -235,6 +236,8 @@ class Progress:
         if Effect.FIRST_CHUNK in effects:
             now = runner.now
             bench.accounts.first_chunk(now_s - now.arrived_s, resumed=now.resumed)
+        runner.state_bytes = bench.engine.state_bytes(state)
+        bench.accounts.memory(bench.engine.memory())
         self._save(state)
 
     def _save(self, state: State) -> None:
@@ -257,6 +260,8 @@ class Progress:
             owner_events.failed, error=error, used=used, now_s=self._bench.clock.monotonic()
         )
         effects = runner.apply(event)
+        if runner.record.next_index and not (runner.now.caught_up or runner.shadow):
+            accounts.not_resumed(error)
         match error:
             case LeaseOver() if Effect.LOST in effects:
                 accounts.lease_lost(runner.session_id, "expired", error)

@@ -15,8 +15,10 @@ from echo_ray.config import EchoConfig
 from echo_ray.errors import CapacityError, EchoError, ViewerTooSlow
 from echo_ray.serve.cursor import CatchUp, Ending, Ring, Viewer, ending_of, ran
 from echo_ray.serve.ownership import Owner, Owners
+from echo_ray.serve.stream_accounts import StreamAccounts
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.serve.upstream import Upstream, WireSegment
+from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.records import Pace, SessionRecord, SessionState
 
 LINGER_S = 1.0
@@ -26,8 +28,16 @@ LINGER_S = 1.0
 class Relay:
     """One session in one format: the upstream's sink and its viewers."""
 
-    def __init__(self, record: SessionRecord, fmt: str, start: int, config: EchoConfig) -> None:
+    def __init__(
+        self,
+        record: SessionRecord,
+        fmt: str,
+        start: int,
+        config: EchoConfig,
+        accounts: StreamAccounts,
+    ) -> None:
         self.session_id = record.id
+        self.accounts = accounts
         self.fmt = fmt
         self.ring = Ring(start, config.session.retention_chunks)
         self.viewers: set[Viewer] = set()
@@ -56,11 +66,17 @@ class Relay:
     def connected(self, owner: Owner) -> None:
         self._wake = False
 
+    def waits(self) -> bool:
+        """Whether viewers wait for an owner."""
+        return bool(self.viewers) and self.upstream is not None and self.upstream.ownerless
+
     def paused(self) -> None:
+        self.accounts.paused()
         self.tell(wire.Paused())
 
     async def deliver(self, segment: WireSegment) -> None:
         self.ring.append(segment)
+        self.accounts.delivered(segment.index)
         for viewer in tuple(self.viewers):
             if viewer.caught_up and viewer.cursor < self.ring.first:
                 viewer.end(
@@ -81,6 +97,7 @@ class Relay:
 
     def moved(self) -> None:
         """A viewer's position has changed, and with it what may be generated."""
+        self.accounts.asked(self.ring.next, self.wanted_until())
         if self.upstream is not None:
             self.upstream.want()
 
@@ -99,8 +116,10 @@ class Relays:
         clock: Clock,
         telemetry: Telemetry,
         rng: random.Random,
+        shape: StreamShape,
         linger_s: float = LINGER_S,
     ) -> None:
+        self._shape = shape
         self._owners = owners
         self._config = config
         self._clock = clock
@@ -171,6 +190,16 @@ class Relays:
     def sessions(self) -> set[str]:
         return {sid for sid, _ in self._relays}
 
+    def waiting(self) -> set[str]:
+        """Sessions that are watched here and have no owner."""
+        return {sid for (sid, _), relay in self._relays.items() if relay.waits()}
+
+    def acknowledged(self, session_id: str, chunk: int) -> None:
+        """An event of a session was acknowledged and takes effect at `chunk`."""
+        for relay in self.of(session_id)[:1]:
+            if chunk >= relay.ring.next:
+                relay.accounts.acknowledged(chunk)
+
     def tell(self, session_id: str, message: wire.Message) -> None:
         for relay in self.of(session_id):
             relay.tell(message)
@@ -196,7 +225,8 @@ class Relays:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self, record: SessionRecord, fmt: str, start: int) -> Relay:
-        relay = Relay(record, fmt, start, self._config)
+        accounts = StreamAccounts(self._shape, record.pace, self._clock, self._telemetry)
+        relay = Relay(record, fmt, start, self._config, accounts)
         relay.upstream = self._upstream(record.id, fmt, relay)
         self._relays[record.id, fmt] = relay
         relay.task = asyncio.create_task(self._run(relay, relay.upstream))

@@ -16,6 +16,7 @@ from echo_ray import __version__
 from echo_ray.clock import Clock, SystemClock
 from echo_ray.config import EchoConfig, ModelSection, from_mapping
 from echo_ray.errors import ConfigError, UnavailableError
+from echo_ray.serve.accounts import tell_store_calls
 from echo_ray.serve.data_socket import DataSocket
 from echo_ray.serve.door import Door
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
@@ -61,8 +62,9 @@ class Generator:
         store: SnapshotStore,
         clock: Clock,
         warm_up_chunks: int = 0,
+        telemetry: Telemetry | None = None,
     ) -> None:
-        self.telemetry = Telemetry()
+        self.telemetry = telemetry or Telemetry()
         self.telemetry.set("build_info", 1, version=__version__, role="generator")
         self.host = SessionHost(
             replica_id=replica_id,
@@ -136,6 +138,7 @@ class GeneratorReplica:
     ) -> None:
         settings = from_mapping(EchoConfig, config)
         clock = SystemClock()
+        telemetry = Telemetry()
         log_as_json()
         node_id = ray.get_runtime_context().get_node_id()
         self._drain_s = settings.session.drain_s
@@ -146,9 +149,10 @@ class GeneratorReplica:
             ip=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             build_engine=engine_factory(engine),
             directory=lambda: open_directory(settings.storage, clock),
-            store=open_snapshots(settings.storage),
+            store=open_snapshots(settings.storage, tell_store_calls(telemetry)),
             clock=clock,
             warm_up_chunks=warm_up_chunks,
+            telemetry=telemetry,
         )
         self._generator.start()
         self._watch = NodeWatch(node_id, self._node_drains, clock)

@@ -34,7 +34,7 @@ async def restore_forever(front: Front, rng: random.Random) -> None:
                     # Nothing outlives the directory here.
                     await asyncio.Event().wait()
                 elif await asyncio.to_thread(restorer.lost):
-                    _tell(await asyncio.to_thread(restorer.restore_all))
+                    _tell(front, await asyncio.to_thread(restorer.restore_all))
             except EchoError as e:
                 front.telemetry.count("store_errors", op="restore")
                 log(logging.WARNING, "restore_failed", reason=e.message)
@@ -44,7 +44,9 @@ async def restore_forever(front: Front, rng: random.Random) -> None:
             restorer.close()
 
 
-def _tell(report: Report) -> None:
+def _tell(front: Front, report: Report) -> None:
+    front.telemetry.count("sessions_restored", len(report.brought_back), outcome="ok")
+    front.telemetry.count("sessions_restored", len(report.refused), outcome="refused")
     for session_id, error in report.refused.items():
         log(logging.ERROR, "session_not_restored", session=session_id, reason=error.message)
     found = (report.brought_back, report.there, report.refused)

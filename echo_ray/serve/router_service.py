@@ -15,6 +15,7 @@ from echo_ray.clock import SystemClock
 from echo_ray.config import EchoConfig, HttpSection
 from echo_ray.errors import ConfigError, UnavailableError
 from echo_ray.preset import load_preset
+from echo_ray.serve.accounts import tell_store_calls
 from echo_ray.serve.api import build_api
 from echo_ray.serve.front import Front
 from echo_ray.serve.mover import Mover
@@ -120,7 +121,7 @@ def open_front(config: EchoConfig, rng: random.Random) -> Front:
         config=config,
         shape=stream_shape(load_preset(config.model.preset)),
         directory=open_directory(config.storage, clock),
-        snapshots=open_snapshots(config.storage),
+        snapshots=open_snapshots(config.storage, tell_store_calls(telemetry)),
         clock=clock,
         telemetry=telemetry,
         rng=rng,

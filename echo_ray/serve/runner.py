@@ -57,6 +57,8 @@ class SessionRunner:
         self.config = config
         self.ring = SegmentRing(config.retention_chunks)
         self.newest_snapshot_at: float | None = None
+        self.state_bytes = 0
+        """Memory of the engine's state of it; 0 while there is none."""
         self._now = owning.started(record, lease, clock.monotonic())
         self._readers: list[Reader] = []
         self._past = SegmentRing(config.retention_chunks)

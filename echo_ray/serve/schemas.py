@@ -178,6 +178,18 @@ class ReplicaView(BaseModel):
         )
 
 
+class ScrapeTarget(BaseModel):
+    """One entry of Prometheus' HTTP service discovery."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+    @classmethod
+    def of(cls, record: ReplicaRecord) -> ScrapeTarget:
+        labels = {"replica": record.id, "node": record.node_id}
+        return cls(targets=[record.address], labels=labels)
+
+
 class ReplicaList(BaseModel):
     replicas: list[ReplicaView]
 

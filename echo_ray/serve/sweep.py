@@ -22,15 +22,20 @@ async def sweep_once(front: Front) -> int:
 
     Those that are watched have an upstream here, which looks after them quicker.
     """
-    adopted = 0
+    adopted = left = 0
     for record in await front.orphans():
         if record.id in front.relays.sessions():
             continue
+        left += 1
         try:
             await front.adopt(record.id)
             adopted += 1
         except EchoError as e:
             log(logging.WARNING, "orphan_not_adopted", session=record.id, reason=e.message)
+    front.telemetry.set("sessions_waiting", left - adopted, watched="false")
+    front.telemetry.set("sessions_waiting", len(front.relays.waiting()), watched="true")
+    open_now = await asyncio.to_thread(front.directory.count_open)
+    front.telemetry.set("sessions_open", open_now)
     return adopted
 
 

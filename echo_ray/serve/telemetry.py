@@ -81,11 +81,43 @@ TABLE: tuple[MetricSpec, ...] = (
         ("start",),
         _START_S,
     ),
+    MetricSpec(
+        "event_to_frame_seconds",
+        "histogram",
+        "seconds",
+        "From an event's acknowledgement to the first segment made with it, at its router.",
+        buckets=_START_S,
+    ),
+    MetricSpec(
+        "playout_slack_seconds",
+        "gauge",
+        "seconds",
+        "Until the next chunk is needed, of the realtime session here that has least.",
+    ),
     MetricSpec("stalls", "counter", "stalls", "Chunks published after playout needed them."),
     MetricSpec("stall_seconds", "counter", "seconds", "How late those chunks were."),
-    MetricSpec("sessions", "gauge", "sessions", "Sessions of this process.", ("state",)),
+    MetricSpec(
+        "viewer_stalls", "counter", "stalls", "Segments that reached a router after playout."
+    ),
+    MetricSpec("viewer_stall_seconds", "counter", "seconds", "How late those segments were."),
+    MetricSpec("sessions", "gauge", "sessions", "Sessions of this replica.", ("state",)),
+    MetricSpec("sessions_open", "gauge", "sessions", "Sessions that are not closed, anywhere."),
+    MetricSpec(
+        "sessions_waiting",
+        "gauge",
+        "sessions",
+        "Sessions without an owner: those watched at this router, and those nobody watches.",
+        ("watched",),
+    ),
     MetricSpec("session_slots", "gauge", "sessions", "Further realtime sessions with room."),
     MetricSpec("drift_score", "histogram", "score", "Drift of each new chunk.", (), _SCORE),
+    MetricSpec(
+        "drift_parts",
+        "counter",
+        "readings",
+        "Sum of each reading of the meter; over chunks it is the mean.",
+        ("part",),
+    ),
     MetricSpec("drift_flags", "counter", "chunks", "Chunks flagged by the meter.", ("flag",)),
     MetricSpec("snapshots", "counter", "snapshots", "Snapshots attempted.", ("outcome",)),
     MetricSpec(
@@ -97,6 +129,24 @@ TABLE: tuple[MetricSpec, ...] = (
         _IO_S,
     ),
     MetricSpec("snapshot_size_bytes", "histogram", "bytes", "Size at rest.", (), _BYTES),
+    MetricSpec(
+        "snapshot_store_seconds",
+        "histogram",
+        "seconds",
+        "Time of a write to or a read from one tier of the snapshot store.",
+        ("tier", "op"),
+        _IO_S,
+    ),
+    MetricSpec(
+        "snapshot_store_bytes", "counter", "bytes", "Bytes of those that went well.", ("tier", "op")
+    ),
+    MetricSpec(
+        "snapshot_store_calls",
+        "counter",
+        "calls",
+        "Writes and reads by how they ended.",
+        ("tier", "op", "outcome"),
+    ),
     MetricSpec("snapshot_debt", "gauge", "snapshots", "Durable copies still to be made."),
     MetricSpec(
         "snapshot_tier_events",
@@ -123,8 +173,13 @@ TABLE: tuple[MetricSpec, ...] = (
     MetricSpec("replayed_chunks", "counter", "chunks", "Chunks made again to catch up."),
     MetricSpec("digest_mismatches", "counter", "chunks", "Replayed chunks that differ."),
     MetricSpec("fenced_writes", "counter", "writes", "Writes refused: a newer epoch owns it."),
+    MetricSpec(
+        "sessions_restored", "counter", "sessions", "After Redis lost everything.", ("outcome",)
+    ),
     MetricSpec("leases_lost", "counter", "leases", "Leases lost or run out.", ("reason",)),
     MetricSpec("engine_failures", "counter", "steps", "Engine steps or loads that failed."),
+    MetricSpec("state_bytes", "gauge", "bytes", "Memory of the sessions' states here."),
+    MetricSpec("device_memory_bytes", "gauge", "bytes", "Memory of the engine.", ("kind",)),
     MetricSpec("store_errors", "counter", "calls", "Store calls that failed.", ("op",)),
     MetricSpec("readers", "gauge", "readers", "Open pulls on this replica."),
     MetricSpec("viewers", "gauge", "viewers", "Viewers of this router.", ("transport",)),
@@ -136,6 +191,14 @@ TABLE: tuple[MetricSpec, ...] = (
         "seconds",
         "From giving an owner up to the next chunk of another.",
         (),
+        _START_S,
+    ),
+    MetricSpec(
+        "handover_gap_seconds",
+        "histogram",
+        "seconds",
+        "From the last segment of one owner to the first of the next, as viewers get them.",
+        ("cause",),
         _START_S,
     ),
     MetricSpec("migrations", "counter", "sessions", "Planned moves.", ("outcome",)),

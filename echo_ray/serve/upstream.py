@@ -108,6 +108,8 @@ class Upstream:
         self._socket: ClientConnection | None = None
         self._poked = asyncio.Event()
         self._want = asyncio.Event()
+        self._last: tuple[int, float] | None = None
+        """Epoch and time of the last segment."""
         self._now = Pulling(
             next=sink.next_index(),
             told_s=clock.monotonic(),
@@ -124,6 +126,11 @@ class Upstream:
     def want(self) -> None:
         """Tell the owner the sink's new `wanted_until`."""
         self._want.set()
+
+    @property
+    def ownerless(self) -> bool:
+        """Whether segments are wanted and nobody is there to make them."""
+        return self._now.owner is None and not self._now.paused and self._now.ended is None
 
     async def run(self) -> EchoError:
         """Pull for ever; returns the error that ends the session for its readers."""
@@ -155,6 +162,7 @@ class Upstream:
                 case Recovered(after_s):
                     self._telemetry.observe("failover_seconds", after_s)
                 case TellPaused():
+                    self._last = None
                     self._sink.paused()
                 case TellTrouble(error):
                     self._sink.trouble(error)
@@ -237,7 +245,7 @@ class Upstream:
                 self._sink.connected(owner)
                 self._want.set()
             case "video.chunk_metadata":
-                await self._segment(socket, text, body)
+                await self._segment(socket, owner, text, body)
             case "session.going_away":
                 raise OwnerLost("going away", cause=Cause.DRAIN)
             case "beat":
@@ -245,7 +253,17 @@ class Upstream:
             case _ if "code" in body and "message" in body:
                 self._failed(pull_events.refused, error=error_from(body))
 
-    async def _segment(self, socket: ClientConnection, text: str, body: dict[str, Any]) -> None:
+    def _handed_over(self, owner: Owner, now_s: float) -> None:
+        """Measure the gap between two owners; a move shows as one that lost nobody."""
+        if self._last is not None and self._last[0] != owner.epoch:
+            cause = "move" if self._now.lost_s is None else "failover"
+            gap_s = now_s - self._last[1]
+            self._telemetry.observe("handover_gap_seconds", gap_s, cause=cause)
+        self._last = owner.epoch, now_s
+
+    async def _segment(
+        self, socket: ClientConnection, owner: Owner, text: str, body: dict[str, Any]
+    ) -> None:
         data = await self._hear(socket)
         index: Any = body.get("chunk_index")
         if not isinstance(data, bytes) or len(data) != body.get("byte_length"):
@@ -253,6 +271,7 @@ class Upstream:
         if pulling.takes(self._now, index):
             await self._sink.deliver(WireSegment(index, text, data))
             now_s = self._clock.monotonic()
+            self._handed_over(owner, now_s)
             self._apply(partial(pull_events.delivered, index=index, now_s=now_s))
 
     async def _hear(self, socket: ClientConnection) -> str | bytes:

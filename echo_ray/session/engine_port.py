@@ -5,7 +5,7 @@ The service drives any engine through this and never learns what is inside a sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,4 +106,12 @@ class Engine(Protocol):
 
     def load(self, snapshot: Snapshot) -> State:
         """The state that `save` was given. Raises `SnapshotError` on any part that does not fit."""
+        ...
+
+    def state_bytes(self, state: State) -> int:
+        """Memory of a state, window and decoder included."""
+        ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes that the engine takes, by a few fixed kinds."""
         ...

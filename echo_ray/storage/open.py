@@ -17,6 +17,7 @@ from echo_ray.errors import ConfigError
 from echo_ray.storage.interface import Directory, SweptStore
 from echo_ray.storage.local import LocalDirectory, LocalSnapshots
 from echo_ray.storage.memory import MemoryDirectory, MemorySnapshots
+from echo_ray.storage.timed import Tell, TimedSnapshots
 
 if TYPE_CHECKING:
     from echo_ray.storage.redis_directory import RedisDirectory
@@ -48,26 +49,30 @@ def open_directory(config: StorageSection, clock: Clock) -> Directory:
             raise _unknown(other)
 
 
-def open_snapshots(config: StorageSection) -> SweptStore:
+def open_snapshots(config: StorageSection, tell: Tell | None = None) -> SweptStore:
     """The snapshot store of that configuration; `memory` is a new, empty one at every call.
 
-    Asks no server anything; `check_stores` does.
+    `tell` hears of every write and read, by tier. Asks no server anything; `check_stores` does.
     """
+
+    def timed(store: SweptStore, tier: str | None = None) -> SweptStore:
+        return store if tell is None else TimedSnapshots(store, tier or store.name, tell)
+
     match config.backend:
         case "local":
-            return LocalSnapshots(_folder(config) / SNAPSHOTS, config.snapshot_limit_bytes)
+            return timed(LocalSnapshots(_folder(config) / SNAPSHOTS, config.snapshot_limit_bytes))
         case "memory":
-            return MemorySnapshots(config.snapshot_limit_bytes)
+            return timed(MemorySnapshots(config.snapshot_limit_bytes))
         case "redis":
-            return _redis_snapshots(config)
+            return timed(_redis_snapshots(config))
         case "s3":
-            return _s3_snapshots(config)
+            return timed(_s3_snapshots(config))
         case "tiered":
             from echo_ray.storage.tiered import TieredSnapshots
 
             store = TieredSnapshots(
-                _redis_snapshots(config),
-                _s3_snapshots(config),
+                timed(_redis_snapshots(config), "hot"),
+                timed(_s3_snapshots(config), "durable"),
                 durable_every=config.s3.durable_every,
             )
             store.start()

@@ -183,6 +183,7 @@ def test_openapi_lists_every_route() -> None:
             ("get", "/healthz"),
             ("get", "/readyz"),
             ("get", "/metrics"),
+            ("get", "/metrics/targets"),
         }
 
     run(test)

@@ -119,6 +119,9 @@ def test_a_router_looks_and_tries_until_everything_is_back(
         await eventually(lambda: restorer.looks >= 4)
         failed = router.front.telemetry.value("echo_ray_store_errors_total", op="restore")
         assert failed == 2
+        restored = router.front.telemetry.value
+        assert restored("echo_ray_sessions_restored_total", outcome="ok") == 1
+        assert restored("echo_ray_sessions_restored_total", outcome="refused") == 1
         await router.stop()
         assert restorer.closed
         rig.routers.clear()
