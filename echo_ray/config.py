@@ -233,12 +233,16 @@ class HttpSection:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes any free port."""
+    replica_port: int = 0
+    """Of each replica's own socket: fixed where a pod runs one replica; 0 takes any free port."""
     max_message_bytes: int = 64 * 1024
     """Largest request body or socket message accepted from a client."""
 
     def __post_init__(self) -> None:
         require(bool(self.host), "http.host", self.host, "name an address")
-        require(0 <= self.port <= 65535, "http.port", self.port, "0 to 65535")
+        for name in ("port", "replica_port"):
+            value = getattr(self, name)
+            require(0 <= value <= 65535, f"http.{name}", value, "0 to 65535")
         require(
             1024 <= self.max_message_bytes <= 2**26,
             "http.max_message_bytes",

@@ -82,6 +82,7 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
         ("http.prot=1", "http.prot: unknown (did you mean port?)"),
         ("http.port=abc", "http.port: expected int, got 'abc'"),
         ("http.port=70000", "http.port: 70000 is not allowed: 0 to 65535"),
+        ("http.replica_port=-1", "http.replica_port: -1 is not allowed: 0 to 65535"),
         ("http.port", "write it as section.key=value"),
         ("http.port=[1", "not a value"),
         ("model.preset=gpt", "model 'gpt' is unknown; known: echo-infinity-1.3b, "),

@@ -33,11 +33,18 @@ class Door:
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         # asyncio switches Nagle's algorithm off only where the protocol is named: 40 ms a message.
         self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        # A fixed port must be free again at once when the process before this one was killed.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((ip, port))
+            # Nothing is accepted yet, but a second replica on a fixed port is refused from here.
+            self._socket.listen()
         except OSError as error:
             self._socket.close()
-            raise UnavailableError(f"cannot listen at {ip} port {port}: {error}") from error
+            raise UnavailableError(
+                f"http.replica_port: cannot listen at {ip} port {port}: {error.strerror or error}; "
+                "run one replica a node, or set it to 0"
+            ) from error
         self.port: int = self._socket.getsockname()[1]
         self.address = f"[{ip}]:{self.port}" if ":" in ip else f"{ip}:{self.port}"
         self._accepting = threading.Event()

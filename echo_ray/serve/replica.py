@@ -79,7 +79,7 @@ class Generator:
             warm_up_chunks=warm_up_chunks,
         )
         self._socket = DataSocket(self.host)
-        self._door = Door(self._socket.app, ip)
+        self._door = Door(self._socket.app, ip, config.http.replica_port)
         self.address = self._door.address
         self._leaving = threading.Lock()
         self._closed = False
