@@ -171,14 +171,17 @@ def test_a_paused_session_comes_back_from_s3_when_redis_lost_its_snapshots(
     asyncio.run(scenario())
 
 
-def test_redis_that_hangs_for_longer_than_a_lease_costs_time_only(cluster: Cluster) -> None:
+@pytest.mark.parametrize("hangs_s", [4.0, pytest.param(30.0, marks=pytest.mark.slow)])
+def test_redis_that_hangs_for_longer_than_a_lease_costs_time_only(
+    cluster: Cluster, hangs_s: float
+) -> None:
     async def scenario() -> None:
         async with EchoClient(cluster.service.url) as client:
             session = (await client.create(PROMPT, seed=3))["id"]
             seen = [s.metadata.digest for s in await take(client, session, 0, 6)]
             cluster.redis.pause()
             try:
-                await asyncio.sleep(4.0)
+                await asyncio.sleep(hangs_s)
             finally:
                 cluster.redis.go_on()
             seen += [s.metadata.digest for s in await take(client, session, 6, 12)]
