@@ -19,7 +19,7 @@ from echo_ray.client import EchoClient, Segment
 from echo_ray.config import HttpSection
 from echo_ray.serve.front import Front
 from echo_ray.serve.router_service import RouterService
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.telemetry import BOTH, ROUTERS, Telemetry
 
 PROMPT = "a red circle"
 COUNT = 20
@@ -41,7 +41,7 @@ class Rig:
             directory=self.replicas.directory,
             snapshots=self.replicas.snapshots,
             clock=self.replicas.clock,
-            telemetry=Telemetry(),
+            telemetry=Telemetry(ROUTERS + BOTH),
             rng=rng,
         )
         self.routers.append(RouterService(front, rng))

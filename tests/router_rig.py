@@ -19,7 +19,7 @@ from echo_ray.clock import SystemClock
 from echo_ray.config import EchoConfig, HttpSection, LimitsSection, SessionSection
 from echo_ray.serve.front import Front
 from echo_ray.serve.router_service import RouterService
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.telemetry import BOTH, ROUTERS, Telemetry
 from echo_ray.storage.memory import MemoryDirectory, MemorySnapshots
 
 SECTION = SessionSection(
@@ -63,7 +63,7 @@ class Rig:
             directory=self.directory,
             snapshots=self.snapshots,
             clock=SystemClock(),
-            telemetry=Telemetry(),
+            telemetry=Telemetry(ROUTERS + BOTH),
             rng=rng,
         )
         service = RouterService(front, rng)

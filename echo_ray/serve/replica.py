@@ -21,7 +21,7 @@ from echo_ray.serve.data_socket import DataSocket
 from echo_ray.serve.door import Door
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.host import SessionHost
-from echo_ray.serve.telemetry import Telemetry, log_as_json
+from echo_ray.serve.telemetry import BOTH, REPLICAS, Telemetry, log_as_json
 from echo_ray.session.draining import Reason
 from echo_ray.session.engine_port import Engine
 from echo_ray.storage.interface import Directory, SnapshotStore
@@ -64,7 +64,7 @@ class Generator:
         warm_up_chunks: int = 0,
         telemetry: Telemetry | None = None,
     ) -> None:
-        self.telemetry = telemetry or Telemetry()
+        self.telemetry = telemetry or Telemetry(REPLICAS + BOTH)
         self.telemetry.set("build_info", 1, version=__version__, role="generator")
         self.host = SessionHost(
             replica_id=replica_id,
@@ -138,7 +138,7 @@ class GeneratorReplica:
     ) -> None:
         settings = from_mapping(EchoConfig, config)
         clock = SystemClock()
-        telemetry = Telemetry()
+        telemetry = Telemetry(REPLICAS + BOTH)
         log_as_json()
         node_id = ray.get_runtime_context().get_node_id()
         self._drain_s = settings.session.drain_s

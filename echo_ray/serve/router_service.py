@@ -21,7 +21,7 @@ from echo_ray.serve.front import Front
 from echo_ray.serve.mover import Mover
 from echo_ray.serve.restorer import restore_forever
 from echo_ray.serve.sweep import sweep_blobs_forever, sweep_forever
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.telemetry import BOTH, ROUTERS, Telemetry
 from echo_ray.session.engine_port import stream_shape
 from echo_ray.storage.open import open_directory, open_snapshots
 
@@ -115,7 +115,7 @@ class RouterService:
 def open_front(config: EchoConfig, rng: random.Random) -> Front:
     """A router's front over the configured stores."""
     clock = SystemClock()
-    telemetry = Telemetry()
+    telemetry = Telemetry(ROUTERS + BOTH)
     telemetry.set("build_info", 1, version=__version__, role="router")
     return Front(
         config=config,

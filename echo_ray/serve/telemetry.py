@@ -1,4 +1,4 @@
-"""Every metric of the service in one table, and the JSON log lines.
+"""Every metric of the service in one table.
 
 Metrics live on a registry object per process, handed to whoever measures; there is no global one.
 Labels are bounded words, never a session, a viewer, a prompt or an error text.
@@ -6,23 +6,20 @@ Labels are bounded words, never a session, a viewer, a prompt or an error text.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from echo_ray.errors import ConfigError
+from echo_ray.serve.logs import LOGGER as LOGGER
+from echo_ray.serve.logs import log as log
+from echo_ray.serve.logs import log_as_json as log_as_json
+from echo_ray.session.pulling import Cause
 
 PREFIX = "echo_ray_"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-LOGGER = "echo_ray"
 
 _CHUNK_S = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
 _RATIO = (0.05, 0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0)
@@ -42,6 +39,9 @@ class MetricSpec:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    values: tuple[str, ...] = ()
+    """Values of a lone label whose series stand at 0 from the start, so that rates see the first
+    event."""
 
     @property
     def series(self) -> str:
@@ -49,13 +49,15 @@ class MetricSpec:
         return f"{PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
 
 
-TABLE: tuple[MetricSpec, ...] = (
+REPLICAS: tuple[MetricSpec, ...] = (
     MetricSpec("frames_generated", "counter", "frames", "Frames committed; the rate is FPS."),
     MetricSpec("video_seconds_generated", "counter", "seconds", "Media time committed."),
     MetricSpec(
         "generation_busy_seconds", "counter", "seconds", "Engine time of new chunks.", ("stage",)
     ),
-    MetricSpec("chunks", "counter", "chunks", "Chunks committed.", ("on_time",)),
+    MetricSpec(
+        "chunks", "counter", "chunks", "Chunks committed.", ("on_time",), (), ("true", "false")
+    ),
     MetricSpec("frames_per_second", "gauge", "frames", "Frames of the latest chunk per second."),
     MetricSpec(
         "chunk_realtime_factor_ratio",
@@ -82,13 +84,6 @@ TABLE: tuple[MetricSpec, ...] = (
         _START_S,
     ),
     MetricSpec(
-        "event_to_frame_seconds",
-        "histogram",
-        "seconds",
-        "From an event's acknowledgement to the first segment made with it, at its router.",
-        buckets=_START_S,
-    ),
-    MetricSpec(
         "playout_slack_seconds",
         "gauge",
         "seconds",
@@ -96,19 +91,7 @@ TABLE: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("stalls", "counter", "stalls", "Chunks published after playout needed them."),
     MetricSpec("stall_seconds", "counter", "seconds", "How late those chunks were."),
-    MetricSpec(
-        "viewer_stalls", "counter", "stalls", "Segments that reached a router after playout."
-    ),
-    MetricSpec("viewer_stall_seconds", "counter", "seconds", "How late those segments were."),
     MetricSpec("sessions", "gauge", "sessions", "Sessions of this replica.", ("state",)),
-    MetricSpec("sessions_open", "gauge", "sessions", "Sessions that are not closed, anywhere."),
-    MetricSpec(
-        "sessions_waiting",
-        "gauge",
-        "sessions",
-        "Sessions without an owner: those watched at this router, and those nobody watches.",
-        ("watched",),
-    ),
     MetricSpec("session_slots", "gauge", "sessions", "Further realtime sessions with room."),
     MetricSpec("drift_score", "histogram", "score", "Drift of each new chunk.", (), _SCORE),
     MetricSpec(
@@ -118,8 +101,24 @@ TABLE: tuple[MetricSpec, ...] = (
         "Sum of each reading of the meter; over chunks it is the mean.",
         ("part",),
     ),
-    MetricSpec("drift_flags", "counter", "chunks", "Chunks flagged by the meter.", ("flag",)),
-    MetricSpec("snapshots", "counter", "snapshots", "Snapshots attempted.", ("outcome",)),
+    MetricSpec(
+        "drift_flags",
+        "counter",
+        "chunks",
+        "Chunks flagged by the meter.",
+        ("flag",),
+        (),
+        ("frozen", "washed_out", "exploded"),
+    ),
+    MetricSpec(
+        "snapshots",
+        "counter",
+        "snapshots",
+        "Snapshots written, or not readable.",
+        ("outcome",),
+        (),
+        ("ok", "failed", "refused", "unreadable"),
+    ),
     MetricSpec(
         "snapshot_duration_seconds",
         "histogram",
@@ -129,6 +128,120 @@ TABLE: tuple[MetricSpec, ...] = (
         _IO_S,
     ),
     MetricSpec("snapshot_size_bytes", "histogram", "bytes", "Size at rest.", (), _BYTES),
+    MetricSpec(
+        "oldest_snapshot_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "Oldest of the newest snapshots of live sessions; age is time() minus this.",
+    ),
+    MetricSpec(
+        "session_resumes",
+        "counter",
+        "sessions",
+        "Sessions taken over.",
+        ("outcome",),
+        (),
+        ("ok", "failed", "unfit"),
+    ),
+    MetricSpec(
+        "resume_duration_seconds",
+        "histogram",
+        "seconds",
+        "From a session's arrival here to the end of its replay.",
+        (),
+        _START_S,
+    ),
+    MetricSpec("replayed_chunks", "counter", "chunks", "Chunks made again to catch up."),
+    MetricSpec("digest_mismatches", "counter", "chunks", "Replayed chunks that differ."),
+    MetricSpec("fenced_writes", "counter", "writes", "Writes refused: a newer epoch owns it."),
+    MetricSpec(
+        "leases_lost",
+        "counter",
+        "leases",
+        "Leases lost or run out.",
+        ("reason",),
+        (),
+        ("expired", "taken"),
+    ),
+    MetricSpec("engine_failures", "counter", "steps", "Engine steps or loads that failed."),
+    MetricSpec("state_bytes", "gauge", "bytes", "Memory of the sessions' states here."),
+    MetricSpec("device_memory_bytes", "gauge", "bytes", "Memory of the engine.", ("kind",)),
+    MetricSpec("readers", "gauge", "readers", "Open pulls on this replica."),
+    MetricSpec("drains", "counter", "drains", "Drains of this replica begun.", ("reason",)),
+    MetricSpec("sessions_parked", "counter", "sessions", "Given up by a drain, not moved in time."),
+)
+"""What replicas measure."""
+ROUTERS: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "event_to_frame_seconds",
+        "histogram",
+        "seconds",
+        "From an event's acknowledgement to the first segment made with it, at its router.",
+        buckets=_START_S,
+    ),
+    MetricSpec(
+        "viewer_stalls", "counter", "stalls", "Segments that reached a router after playout."
+    ),
+    MetricSpec("viewer_stall_seconds", "counter", "seconds", "How late those segments were."),
+    MetricSpec("sessions_open", "gauge", "sessions", "Sessions that are not closed, anywhere."),
+    MetricSpec(
+        "sessions_waiting",
+        "gauge",
+        "sessions",
+        "Sessions without an owner: those watched at this router, and those nobody watches.",
+        ("watched",),
+    ),
+    MetricSpec(
+        "sessions_restored",
+        "counter",
+        "sessions",
+        "After Redis lost everything.",
+        ("outcome",),
+        (),
+        ("ok", "refused"),
+    ),
+    MetricSpec("viewers", "gauge", "viewers", "Viewers of this router.", ("transport",)),
+    MetricSpec(
+        "failovers",
+        "counter",
+        "sessions",
+        "Owners given up by this router.",
+        ("cause",),
+        (),
+        tuple(Cause),
+    ),
+    MetricSpec(
+        "failover_seconds",
+        "histogram",
+        "seconds",
+        "From giving an owner up to the next chunk of another.",
+        (),
+        _START_S,
+    ),
+    MetricSpec(
+        "handover_gap_seconds",
+        "histogram",
+        "seconds",
+        "From the last segment of one owner to the first of the next, as viewers get them.",
+        ("cause",),
+        _START_S,
+    ),
+    MetricSpec(
+        "migrations",
+        "counter",
+        "sessions",
+        "Planned moves.",
+        ("outcome",),
+        (),
+        ("ok", "failed", "overtaken"),
+    ),
+    MetricSpec("requests", "counter", "requests", "HTTP requests.", ("route", "status")),
+    MetricSpec(
+        "admission_rejections", "counter", "requests", "Sessions not admitted.", ("reason",)
+    ),
+)
+"""What routers measure."""
+BOTH: tuple[MetricSpec, ...] = (
     MetricSpec(
         "snapshot_store_seconds",
         "histogram",
@@ -155,72 +268,29 @@ TABLE: tuple[MetricSpec, ...] = (
         "Failures, misses and copies between the hot and the durable snapshot store.",
         ("event",),
     ),
-    MetricSpec(
-        "oldest_snapshot_timestamp_seconds",
-        "gauge",
-        "seconds",
-        "Oldest of the newest snapshots of live sessions; age is time() minus this.",
-    ),
-    MetricSpec("session_resumes", "counter", "sessions", "Sessions taken over.", ("outcome",)),
-    MetricSpec(
-        "resume_duration_seconds",
-        "histogram",
-        "seconds",
-        "From a session's arrival here to the end of its replay.",
-        (),
-        _START_S,
-    ),
-    MetricSpec("replayed_chunks", "counter", "chunks", "Chunks made again to catch up."),
-    MetricSpec("digest_mismatches", "counter", "chunks", "Replayed chunks that differ."),
-    MetricSpec("fenced_writes", "counter", "writes", "Writes refused: a newer epoch owns it."),
-    MetricSpec(
-        "sessions_restored", "counter", "sessions", "After Redis lost everything.", ("outcome",)
-    ),
-    MetricSpec("leases_lost", "counter", "leases", "Leases lost or run out.", ("reason",)),
-    MetricSpec("engine_failures", "counter", "steps", "Engine steps or loads that failed."),
-    MetricSpec("state_bytes", "gauge", "bytes", "Memory of the sessions' states here."),
-    MetricSpec("device_memory_bytes", "gauge", "bytes", "Memory of the engine.", ("kind",)),
     MetricSpec("store_errors", "counter", "calls", "Store calls that failed.", ("op",)),
-    MetricSpec("readers", "gauge", "readers", "Open pulls on this replica."),
-    MetricSpec("viewers", "gauge", "viewers", "Viewers of this router.", ("transport",)),
     MetricSpec("bytes_sent", "counter", "bytes", "Segment bytes sent.", ("format",)),
-    MetricSpec("failovers", "counter", "sessions", "Owners given up by this router.", ("cause",)),
-    MetricSpec(
-        "failover_seconds",
-        "histogram",
-        "seconds",
-        "From giving an owner up to the next chunk of another.",
-        (),
-        _START_S,
-    ),
-    MetricSpec(
-        "handover_gap_seconds",
-        "histogram",
-        "seconds",
-        "From the last segment of one owner to the first of the next, as viewers get them.",
-        ("cause",),
-        _START_S,
-    ),
-    MetricSpec("migrations", "counter", "sessions", "Planned moves.", ("outcome",)),
-    MetricSpec("drains", "counter", "drains", "Drains of this replica begun.", ("reason",)),
-    MetricSpec("sessions_parked", "counter", "sessions", "Given up by a drain, not moved in time."),
-    MetricSpec("requests", "counter", "requests", "HTTP requests.", ("route", "status")),
-    MetricSpec(
-        "admission_rejections", "counter", "requests", "Sessions not admitted.", ("reason",)
-    ),
     MetricSpec("build_info", "gauge", "1", "What runs here; always 1.", ("version", "role")),
 )
+TABLE = REPLICAS + ROUTERS + BOTH
 
 _Metric = Counter | Gauge | Histogram
 
 
 class Telemetry:
-    """The metrics of one process, by the names of the table."""
+    """The metrics of one process, by the names of the table.
+
+    A replica has the rows of replicas only, a router those of routers: a gauge that nobody sets
+    would say 0.
+    """
 
     def __init__(self, table: tuple[MetricSpec, ...] = TABLE) -> None:
         self.registry = CollectorRegistry()
         self._specs: Mapping[str, MetricSpec] = {spec.name: spec for spec in table}
         self._metrics: dict[str, _Metric] = {spec.name: self._built(spec) for spec in table}
+        for spec in table:
+            for value in spec.values:
+                self._metrics[spec.name].labels(value)
 
     def _built(self, spec: MetricSpec) -> _Metric:
         name = PREFIX + spec.name
@@ -274,65 +344,3 @@ class Telemetry:
 
     def _wrong_kind(self, name: str, kind: str) -> ConfigError:
         return ConfigError(f"metric {name} is a {self._specs[name].kind}, not a {kind}")
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the fields of the event."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", None)
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **(fields if isinstance(fields, dict) else {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str, ensure_ascii=False)
-
-
-class StoreOutages(logging.Filter):
-    """Lets one line a second of each `store_failed` pass: an outage fails every try of everybody.
-
-    The next line that passes says in `unsaid` how many were left out before it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: dict[tuple[object, object], tuple[float, int]] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.getMessage() != "store_failed":
-            return True
-        fields: dict[str, object] = record.fields  # type: ignore[attr-defined]
-        kind = (fields["op"], fields["error"])
-        said_at, unsaid = self._said.get(kind, (-math.inf, 0))
-        if abs(record.created - said_at) < 1.0:
-            self._said[kind] = said_at, unsaid + 1
-            return False
-        if unsaid:
-            record.fields = {**fields, "unsaid": unsaid}
-        # Old kinds would pile up: an error's text may name a session.
-        kept = {k: v for k, v in self._said.items() if abs(record.created - v[0]) < 60.0}
-        self._said = {**kept, kind: (record.created, 0)}
-        return True
-
-
-def log(level: int, event: str, *, failure: BaseException | None = None, **fields: object) -> None:
-    """Write one log line; `failure` adds its traceback."""
-    logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=failure)
-
-
-def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send this process's log lines to `stream` (standard error) as JSON; repeating it is safe."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonLines())
-    handler.addFilter(StoreOutages())
-    logger = logging.getLogger(LOGGER)
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False

@@ -110,6 +110,8 @@ class Upstream:
         self._want = asyncio.Event()
         self._last: tuple[int, float] | None = None
         """Epoch and time of the last segment."""
+        self._loss: Cause | None = None
+        """How its owner was lost, if it was."""
         self._now = Pulling(
             next=sink.next_index(),
             told_s=clock.monotonic(),
@@ -158,6 +160,7 @@ class Upstream:
                     if avoid:
                         self._owners.avoid(owner.replica_id)
                 case Failover(cause):
+                    self._loss = cause
                     self._telemetry.count("failovers", cause=cause.value)
                 case Recovered(after_s):
                     self._telemetry.observe("failover_seconds", after_s)
@@ -254,12 +257,12 @@ class Upstream:
                 self._failed(pull_events.refused, error=error_from(body))
 
     def _handed_over(self, owner: Owner, now_s: float) -> None:
-        """Measure the gap between two owners; a move shows as one that lost nobody."""
+        """Measure the gap between two owners; one that somebody else took over from was moved."""
         if self._last is not None and self._last[0] != owner.epoch:
-            cause = "move" if self._now.lost_s is None else "failover"
+            cause = "failover" if self._loss in (Cause.BROKEN, Cause.SILENT) else "move"
             gap_s = now_s - self._last[1]
             self._telemetry.observe("handover_gap_seconds", gap_s, cause=cause)
-        self._last = owner.epoch, now_s
+        self._last, self._loss = (owner.epoch, now_s), None
 
     async def _segment(
         self, socket: ClientConnection, owner: Owner, text: str, body: dict[str, Any]

@@ -24,7 +24,7 @@ from echo_ray.engine.upload import read_clip
 from echo_ray.errors import ChunkUnreachable, ClipLost, SessionClosed, SnapshotForeign
 from echo_ray.serve.front import Front
 from echo_ray.serve.router_service import RouterService
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.telemetry import BOTH, ROUTERS, Telemetry
 from echo_ray.session.forking import Past, Wish, forked
 
 PROMPT = "a red circle"
@@ -80,7 +80,7 @@ async def cluster(engine: FakeEngine | None = None, **session: Any) -> AsyncIter
             directory=replicas.directory,
             snapshots=replicas.snapshots,
             clock=replicas.clock,
-            telemetry=Telemetry(),
+            telemetry=Telemetry(ROUTERS + BOTH),
             rng=rng,
         )
         router = RouterService(front, rng)

@@ -14,11 +14,11 @@ from replicas import Replicas, Unreliable, eventually, hello, pull, watch
 from router_rig import Rig, run
 from router_rig import eventually as soon
 
-from echo_ray.errors import SnapshotNotFound, StoreUnavailable
+from echo_ray.errors import ConfigError, SnapshotNotFound, StoreUnavailable
 from echo_ray.serve.accounts import tell_store_calls
 from echo_ray.serve.stream_accounts import StreamAccounts
 from echo_ray.serve.sweep import sweep_once
-from echo_ray.serve.telemetry import TABLE, Telemetry
+from echo_ray.serve.telemetry import BOTH, REPLICAS, ROUTERS, TABLE, Telemetry
 from echo_ray.session.chunk import DriftReading
 from echo_ray.session.records import OnIdle, Pace
 from echo_ray.storage.memory import MemorySnapshots
@@ -31,6 +31,17 @@ def test_every_row_of_the_table_is_set_somewhere():
     sources = "\n".join(f.read_text() for f in SERVE.glob("*.py"))
     setters = r"\.(count|set|observe)\(\s*\"([a-z_]+)\""
     assert {name for _, name in re.findall(setters, sources)} >= {spec.name for spec in TABLE}
+
+
+def test_a_row_is_where_somebody_sets_it_and_known_series_begin_at_zero():
+    router, replica = Telemetry(ROUTERS + BOTH), Telemetry(REPLICAS + BOTH)
+    assert "echo_ray_playout_slack_seconds" not in router.render().decode()
+    assert "echo_ray_sessions_open" not in replica.render().decode()
+    assert 'echo_ray_chunks_total{on_time="false"} 0.0' in replica.render().decode()
+    assert 'echo_ray_failovers_total{cause="silent"} 0.0' in router.render().decode()
+    with pytest.raises(ConfigError, match="stalls"):
+        router.count("stalls")
+    assert all(len(spec.labels) == 1 for spec in TABLE if spec.values)
 
 
 class Drifting(FakeEngine):

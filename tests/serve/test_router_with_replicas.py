@@ -15,7 +15,7 @@ from echo_ray.client import EchoClient, Segment
 from echo_ray.config import HttpSection
 from echo_ray.serve.front import Front
 from echo_ray.serve.router_service import RouterService
-from echo_ray.serve.telemetry import Telemetry
+from echo_ray.serve.telemetry import BOTH, ROUTERS, Telemetry
 
 PROMPT = "a red circle"
 Test = Callable[[Replicas, EchoClient], Awaitable[None]]
@@ -32,7 +32,7 @@ def run(test: Test, **session: Any) -> None:
             directory=replicas.directory,
             snapshots=replicas.snapshots,
             clock=replicas.clock,
-            telemetry=Telemetry(),
+            telemetry=Telemetry(ROUTERS + BOTH),
             rng=rng,
         )
         router = RouterService(front, rng)
