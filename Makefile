@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-fast test-slow test-ray sim scale bench demo parity train chaos check clean
+.PHONY: help setup fmt lint types arch test test-serve test-rest test-fast test-slow test-ray sim scale bench demo parity train chaos check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,14 @@ types: $(STAMP) ## mypy, strict
 arch: $(STAMP) ## the layer rules
 	$(BIN)/lint-imports --no-cache
 
-test: lint types arch test-fast test-slow ## everything CI runs: style, types, layers, tests, faults
+test: lint types arch ## everything CI runs: style, types, layers, tests, faults
+	@$(MAKE) --no-print-directory -j 2 -k test-serve test-rest
+
+test-serve: $(STAMP) ## the tests of the service, faults on real processes among them: mostly waiting
+	$(BIN)/pytest -m "not bench and not gpu" tests/serve tests/chaos
+
+test-rest: $(STAMP) ## all other tests: mostly computing
+	$(BIN)/pytest -m "not bench and not gpu" --ignore tests/serve --ignore tests/chaos
 
 test-fast: $(STAMP) ## the tests but the long ones, faults on real processes among them
 	$(BIN)/pytest -m "not slow and not bench and not gpu"
