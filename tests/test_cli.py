@@ -305,3 +305,33 @@ def test_snapshot_inspect_refuses_what_is_not_whole(capsys, snapshot_file, tmp_p
     assert "No such file" in said
     with pytest.raises(SystemExit, match="2"):
         main(["snapshot", "destroy", "x"])
+
+
+def test_serve_refuses_access_whose_secrets_are_missing(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "cluster.yaml"
+    text = (ROOT / "deployments" / "cluster.yaml").read_text()
+    file.write_text(text.replace("/etc/echo-ray/access", str(tmp_path)))
+    settings = [
+        "http.port=0",
+        "http.host=127.0.0.1",
+        "model.weights=null",
+        "storage.backend=local",
+        "model.preset=echo-tiny",
+        "model.device=cpu",
+        f"storage.path={tmp_path}/store",
+    ]
+    words = ["serve", "--config", str(file), *(w for s in settings for w in ("--set", s))]
+    assert f"access.tokens_file: {tmp_path}/tokens.yaml cannot be read" in refused(capsys, *words)
+    (tmp_path / "tokens.yaml").write_text(
+        "tokens: [{name: a, tenant: acme, roles: [user], token: 0123456789abcdefghij}]"
+    )
+    assert f"access.viewer_secret_file: {tmp_path}/viewer-secret" in refused(capsys, *words)
+    (tmp_path / "viewer-secret").write_text("short")
+    said = refused(capsys, *words)
+    assert "shorter than 32 characters" in said
+    assert "openssl rand" in said
+    for setting in ("access.viewer_secret_file=null", "access.viewer_secret_env=NOT_SET"):
+        words += ["--set", setting]
+    assert "access.viewer_secret_env: the variable NOT_SET is not set" in refused(capsys, *words)
+    monkeypatch.setenv("NOT_SET", "v" * 32)
+    assert f"access.replica_secret_file: {tmp_path}/replica-secret" in refused(capsys, *words)

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, then give every session up and leave."""
     plan = read_plan(args.config or default_config(), args.assignments)
+    check_access(plan)
     check_storage(plan)
     print("starting ...", flush=True)
     try:
@@ -95,6 +96,15 @@ def check_storage(plan: ServePlan) -> None:
     from echo_ray.storage.open import check_stores
 
     check_stores(from_mapping(EchoConfig, plan.args).storage, SystemClock())
+
+
+def check_access(plan: ServePlan) -> None:
+    """Look for every secret and table of tokens that the configuration names."""
+    from echo_ray.clock import SystemClock
+    from echo_ray.config import EchoConfig, from_mapping
+    from echo_ray.serve import access
+
+    access.check_access(from_mapping(EchoConfig, plan.args).access, SystemClock())
 
 
 def check_port(host: str, port: int) -> None:

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echo_ray import __version__
@@ -23,15 +24,18 @@ from echo_ray.errors import (
     NoReplica,
     NotFoundError,
 )
+from echo_ray.serve.access import Access, Guard, visit_of
+from echo_ray.serve.api_access import access_routes
 from echo_ray.serve.api_admin import admin_routes
 from echo_ray.serve.api_forks import fork_routes
-from echo_ray.serve.api_sessions import session_routes
+from echo_ray.serve.api_sessions import SEGMENT_HEADERS, session_routes
 from echo_ray.serve.archive_body import BodyLimits
 from echo_ray.serve.forks import Forks
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView, ScrapeTarget
 from echo_ray.serve.telemetry import CONTENT_TYPE
 from echo_ray.serve.viewers import viewer_routes
+from echo_ray.serve.web_headers import WebHeaders
 
 PLAYER = Path(str(resources.files("echo_ray") / "player"))
 
@@ -50,15 +54,37 @@ def build_api(front: Front, player: Path = PLAYER) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    app.add_middleware(BodyLimits, config=front.config, answer=error_response)
-    app.add_middleware(RequestCount, front=front)
+    _add_middleware(app, front)
     app.include_router(session_routes(front))
     app.include_router(fork_routes(front, Forks(front)))
     app.include_router(viewer_routes(front))
     app.include_router(admin_routes(front))
+    app.include_router(access_routes(front.config.access))
     _add_service_routes(app, front)
     _add_player(app, player)
     return app
+
+
+def _add_middleware(app: FastAPI, front: Front) -> None:
+    """From the innermost out: a request meets the last one first."""
+    config = front.config
+
+    async def tenant_of(session_id: str) -> str:
+        return (await front.get(session_id)).tenant
+
+    app.add_middleware(BodyLimits, config=config, answer=error_response)
+    access = Access(config.access, front.clock)
+    app.add_middleware(Guard, access=access, tenant_of=tenant_of, answer=error_response)
+    if config.access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.access.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["Retry-After", "X-Request-Id", *SEGMENT_HEADERS],
+        )
+    app.add_middleware(WebHeaders)
+    app.add_middleware(RequestCount, front=front)
 
 
 def _add_service_routes(app: FastAPI, front: Front) -> None:
@@ -123,6 +149,7 @@ def _add_player(app: FastAPI, player: Path) -> None:
 async def _echo_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, EchoError):
         raise error
+    visit_of(request.scope).code = error.code
     return error_response(error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from echo_ray.serve.access import visit_of
 from echo_ray.serve.archive_body import ARCHIVE, IMPORT_PATH, ArchiveResponse, Transfers
 from echo_ray.serve.forks import Forks
 from echo_ray.serve.front import Front
@@ -61,6 +62,9 @@ def fork_routes(front: Front, forks: Forks) -> APIRouter:
     async def import_session(request: Request) -> SessionView:
         """A new session that goes on where an exported one stood."""
         async with transfers.body(request, forks.limit_bytes) as data:
-            return SessionView.of(await forks.import_(data), front.shape)
+            visit = visit_of(request.scope)
+            made = await forks.import_(data, visit.principal.tenant or "")
+            visit.session = made.id
+            return SessionView.of(made, front.shape)
 
     return routes

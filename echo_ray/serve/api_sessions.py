@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from echo_ray.engine.frames import check_format, mime
+from echo_ray.serve.access import visit_of
 from echo_ray.serve.forms import NEW_SESSION_BODY, new_session_of
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import (
@@ -20,6 +21,15 @@ from echo_ray.serve.schemas import (
     SnapshotView,
 )
 from echo_ray.serve.upstream import WireSegment
+from echo_ray.session.access import sees
+
+SEGMENT_HEADERS = (
+    "X-Echo-Digest",
+    "X-Echo-Chunk-Index",
+    "X-Echo-Num-Frames",
+    "X-Echo-Epoch",
+    "X-Echo-Metadata",
+)
 
 
 def session_routes(front: Front) -> APIRouter:
@@ -38,12 +48,16 @@ def _add_life(routes: APIRouter, front: Front) -> None:
         As `multipart/form-data` it takes a clip, which becomes the session's first chunks.
         """
         body, clip = await new_session_of(request)
-        return SessionView.of(await front.create(body.model_dump(), clip), front.shape)
+        visit = visit_of(request.scope)
+        made = await front.create(body.model_dump(), clip, visit.principal.tenant or "")
+        visit.session = made.id
+        return SessionView.of(made, front.shape)
 
     @routes.get("")
-    async def list_sessions() -> SessionList:
-        """All sessions, oldest first."""
-        records = await front.all_sessions()
+    async def list_sessions(request: Request) -> SessionList:
+        """All sessions, oldest first; with access on, those of the tenant."""
+        who = visit_of(request.scope).principal
+        records = [r for r in await front.all_sessions() if sees(who, r.id, r.tenant)]
         return SessionList(sessions=[SessionView.of(r, front.shape) for r in records])
 
     @routes.get("/{session_id}")

@@ -9,12 +9,14 @@ says only that they belong together.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from ray.serve import Application, Deployment
 
 from echo_ray.config import EchoConfig, ModelSection, from_mapping
+from echo_ray.config_access import AccessSection
 from echo_ray.errors import ConfigError
 from echo_ray.preset import PRESETS, load_preset, preset_folder, with_codec
 from echo_ray.serve.replica import ENGINE, GeneratorReplica
@@ -50,7 +52,8 @@ def application(
     # Replicas are processes with working directories of their own; a folder must be one for all.
     storage = {**args.get("storage", {}), "path": _absolute(config.storage.path)}
     model = {**args.get("model", {}), **_located(config.model)}
-    plain = {**args, "storage": storage, "model": model}
+    access = {**args.get("access", {}), **_access_files(config.access)}
+    plain = {**args, "storage": storage, "model": model, "access": access}
     # Serve deploys what its root binds, so the one is handed to the other, which ignores it.
     sized = _sized(options or {})
     router = sized["Router"].bind(plain)
@@ -64,6 +67,16 @@ def _located(model: ModelSection) -> dict[str, str]:
         found["weights"] = _absolute(model.weights)
     if preset_folder(model.preset).parent != PRESETS:
         found["preset"] = _absolute(model.preset)
+    return found
+
+
+def _access_files(section: AccessSection) -> dict[str, Any]:
+    """The files that the section `access` names, absolute."""
+    named = ("tokens_file", "viewer_secret_file", "replica_secret_file")
+    files = ((name, getattr(section, name)) for name in named)
+    found: dict[str, Any] = {name: _absolute(file) for name, file in files if file is not None}
+    if section.jwt.jwks is not None and "://" not in section.jwt.jwks:
+        found["jwt"] = {**asdict(section.jwt), "jwks": _absolute(section.jwt.jwks)}
     return found
 
 

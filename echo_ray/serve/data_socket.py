@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from echo_ray.engine.frames import check_format, encode, mime
+from echo_ray.serve.access_replica import RoutersOnly, replica_secret
 from echo_ray.serve.host import SessionHost
 from echo_ray.serve.pull import Pull
 from echo_ray.serve.requests import answering, number, until
@@ -35,7 +37,9 @@ class DataSocket:
     """Routes and messages between routers and the sessions of one replica."""
 
     def __init__(self, host: SessionHost) -> None:
+        """Raises `ConfigError` if the secret that routers are to show is missing."""
         self._host = host
+        secret = replica_secret(host.config.access, host.clock)
         self._stores = ThreadPoolExecutor(4, thread_name_prefix="admit")
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._pulls: set[Pull] = set()
@@ -48,7 +52,8 @@ class DataSocket:
                 Route("/v1/drain", answering(self._drain), methods=["POST"]),
                 Route("/metrics", answering(self._metrics)),
                 Route("/healthz", answering(self._healthz)),
-            ]
+            ],
+            middleware=[Middleware(RoutersOnly, secret=secret)],
         )
 
     def close(self) -> None:

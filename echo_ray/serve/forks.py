@@ -35,6 +35,7 @@ from echo_ray.serve.telemetry import log
 from echo_ray.session import archive as archives
 from echo_ray.session import forking, rules
 from echo_ray.session import snapshot as codec
+from echo_ray.session.access import Quota
 from echo_ray.session.archive import Archive
 from echo_ray.session.control_log import DIGESTS_KEPT
 from echo_ray.session.forking import Past, Wish
@@ -87,7 +88,7 @@ class Forks:
         at = forking.check_chunk(source, chunk)
         made = forking.forked(source, at, new_id=front.new_id(), now=front.clock.wall(), wish=wish)
         await front.admit(made)
-        await self._copy(source, made, prompt)
+        await self._copy(source, made, prompt, front.quota(made))
         await self._begin(made)
         log(logging.INFO, "forked", session=made.id, source=source.id, chunk=at)
         return made
@@ -106,10 +107,13 @@ class Forks:
         )
         if source.state is SessionState.PAUSED:
             made = replace(made, state=SessionState.PAUSED)
+        quota = front.quota(made)
         if source.state is SessionState.CLOSED:
             # Any other gives its own place up.
             await front.admit(made)
-        await self._copy(source, made, None)
+        elif quota is not None:
+            quota = quota.instead()
+        await self._copy(source, made, None, quota)
         # Before it is closed: else they might hear of that alone.
         front.relays.finish(source.id, wire.Done(reason="rewound", successor=made.id))
         await self._close(source, made)
@@ -132,8 +136,8 @@ class Forks:
         whole = replace(taken, controls=[*taken.controls, *upcoming])
         return archives.pieces(whole)
 
-    async def import_(self, data: bytes) -> SessionRecord:
-        """A new session that goes on where the archive ends.
+    async def import_(self, data: bytes, tenant: str = "") -> SessionRecord:
+        """A new session of `tenant` that goes on where the archive ends, whosever it was.
 
         Raises `ArchiveError` and its kinds, `ModelUnknown`, `SnapshotError` and its kinds,
         `ClipInvalid`, `ClipTooLarge`, and what refuses a new session.
@@ -141,6 +145,7 @@ class Forks:
         front = self._front
         async with self._turn:
             archive = await asyncio.to_thread(self._read, data)
+        archive = replace(archive, record=replace(archive.record, tenant=tenant))
         made = archive.record
         await self._check_runs_here(archive)
         await front.admit(made)
@@ -155,7 +160,8 @@ class Forks:
                         param="clip",
                     )
             async with self._turn:
-                await asyncio.to_thread(self._plant, replace(archive, clip=None))
+                plain = replace(archive, clip=None)
+                await asyncio.to_thread(self._plant, plain, front.quota(made))
         except EchoError:
             await asyncio.to_thread(self._uproot, made.id)
             raise
@@ -272,7 +278,9 @@ class Forks:
 
     # Planting
 
-    async def _copy(self, source: SessionRecord, made: SessionRecord, prompt: str | None) -> None:
+    async def _copy(
+        self, source: SessionRecord, made: SessionRecord, prompt: str | None, quota: Quota | None
+    ) -> None:
         """Plant the source's past before `made.next_index` as `made`."""
         async with self._turn:
             taken = await asyncio.to_thread(self._take, source, made.next_index)
@@ -283,12 +291,12 @@ class Forks:
                 )
                 planted = replace(planted, controls=[*planted.controls, switch])
             try:
-                await asyncio.to_thread(self._plant, planted)
+                await asyncio.to_thread(self._plant, planted, quota)
             except EchoError:
                 await asyncio.to_thread(self._uproot, made.id)
                 raise
 
-    def _plant(self, archive: Archive) -> None:
+    def _plant(self, archive: Archive, quota: Quota | None) -> None:
         """Store the blobs, durably, and then create the session; blocks."""
         store, record = self._front.snapshots, archive.record
         snapshots = []
@@ -315,7 +323,8 @@ class Forks:
                 controls=archive.controls,
                 digests=archive.digests,
                 snapshots=snapshots,
-            )
+            ),
+            quota=quota,
         )
 
     def _uproot(self, session_id: str) -> None:

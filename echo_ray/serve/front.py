@@ -25,6 +25,7 @@ from echo_ray.errors import (
     EchoError,
     Fenced,
     InvalidRequestError,
+    QuotaExceeded,
     SegmentBeyondEnd,
     UnavailableError,
 )
@@ -34,6 +35,7 @@ from echo_ray.serve.relay import Relays
 from echo_ray.serve.retention import make_newest_durable_soon
 from echo_ray.serve.telemetry import Telemetry, log
 from echo_ray.session import rules
+from echo_ray.session.access import Quota, quota_of
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.records import (
     ControlEntry,
@@ -93,11 +95,13 @@ class Front:
         await self.http.aclose()
         await asyncio.to_thread(self.snapshots.close)
 
-    async def create(self, fields: dict[str, Any], clip: bytes | None = None) -> SessionRecord:
+    async def create(
+        self, fields: dict[str, Any], clip: bytes | None = None, tenant: str = ""
+    ) -> SessionRecord:
         """Create a session from a request's fields (a missing seed is drawn).
 
         `clip`: a video or picture that the session is to continue. Raises `ClipInvalid`,
-        `ClipTooLarge`.
+        `ClipTooLarge`, `QuotaExceeded`.
         """
         given = {k: v for k, v in fields.items() if v is not None}
         given.setdefault("seed", secrets.randbelow(rules.MAX_SEED + 1))
@@ -109,12 +113,15 @@ class Front:
             now=self.clock.wall(),
             **given,
         )
+        record = replace(record, tenant=tenant)
         await self.admit(record)
         if clip is not None:
             record = replace(record, clip=await self.clips.take(record.id, clip))
         try:
-            await asyncio.to_thread(self.directory.create, record)
-        except EchoError:
+            await asyncio.to_thread(self.directory.create, record, quota=self.quota(record))
+        except EchoError as error:
+            if isinstance(error, QuotaExceeded):
+                self.telemetry.count("admission_rejections", reason=error.code)
             if record.clip is not None:
                 await self.clips.drop(record.id, record.clip)
             raise
@@ -132,6 +139,10 @@ class Front:
         except EchoError as e:
             self.telemetry.count("admission_rejections", reason=e.code)
             raise
+
+    def quota(self, record: SessionRecord) -> Quota | None:
+        """What the session's tenant may have; None while access is off."""
+        return quota_of(self.config.access, record.tenant)
 
     async def get(self, session_id: str) -> SessionRecord:
         return await asyncio.to_thread(self.directory.get, session_id)
@@ -281,7 +292,11 @@ class Front:
         timeout = self.http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
         try:
             answer = await self.http.request(
-                method, f"http://{owner.address}{path}", params=query, timeout=timeout
+                method,
+                f"http://{owner.address}{path}",
+                params=query,
+                timeout=timeout,
+                headers=self.owners.credentials(),
             )
         except (httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as e:
             self.owners.avoid(owner.replica_id)

@@ -15,6 +15,7 @@ from functools import partial
 from echo_ray.clock import Clock
 from echo_ray.config import EchoConfig
 from echo_ray.errors import CapacityError, Fenced, NoReplica
+from echo_ray.serve.access_replica import replica_headers, replica_secret
 from echo_ray.session import locating
 from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.locating import LOOKS, SAMPLE, Ask, Claim, Memory, Standing, Wait
@@ -35,9 +36,14 @@ class Owners:
         self._config = config
         self._clock = clock
         self._rng = rng
+        self._secret = replica_secret(config.access, clock)
         self._memory = Memory()
         self._policy = ResumePolicy(config.session.resume_policy)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def credentials(self) -> dict[str, str]:
+        """The headers that a replica lets this router in for."""
+        return replica_headers(self._secret)
 
     def avoid(self, replica_id: str) -> None:
         """Make this replica the last choice for a few seconds: it just failed somebody."""

@@ -234,6 +234,7 @@ class Upstream:
                     open_timeout=None,
                     ping_interval=None,
                     proxy=None,
+                    additional_headers=self._owners.credentials(),
                 )
         except (OSError, TimeoutError, WebSocketException) as e:
             raise OwnerLost(f"refused: {e!r}") from e

@@ -18,10 +18,12 @@ from starlette.types import Receive, Scope, Send
 from echo_ray import wire
 from echo_ray.engine.frames import check_format, mime, split_jpegs
 from echo_ray.errors import EchoError, InvalidRequestError, MessageError, MessageTooLarge
+from echo_ray.serve.access import Visit, visit_of
 from echo_ray.serve.cursor import Viewer
 from echo_ray.serve.front import Front
 from echo_ray.serve.schemas import REFUSALS, SessionView, SnapshotView
 from echo_ray.serve.upstream import WireSegment
+from echo_ray.session.access import Need
 from echo_ray.session.records import SessionRecord
 from echo_ray.session.restoring import check_start
 
@@ -53,6 +55,12 @@ def viewer_routes(front: Front) -> APIRouter:
     return routes
 
 
+async def end_with_its_token(viewer: Viewer, visit: Visit) -> None:
+    """Let a viewer go when its token runs out or is withdrawn."""
+    if visit.access.enabled:
+        viewer.end(await visit.until_over())
+
+
 class ViewerSocket:
     """One viewer's WebSocket from its handshake to its close."""
 
@@ -62,6 +70,7 @@ class ViewerSocket:
         self._session_id = session_id
         self._fmt = ""
         self._viewer = Viewer(0)
+        self._visit = visit_of(socket.scope)
         self._malformed = 0
 
     async def serve(self) -> None:
@@ -111,9 +120,10 @@ class ViewerSocket:
         sending = asyncio.create_task(self._send_all())
         receiving = asyncio.create_task(self._receive_all())
         over = asyncio.create_task(self._viewer.over.wait())
-        tasks = (sending, receiving, over)
+        guarding = asyncio.create_task(end_with_its_token(self._viewer, self._visit))
+        tasks = (sending, receiving, over, guarding)
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
             if over.done() and not sending.done() and not receiving.done():
                 await asyncio.wait((sending,), timeout=FAREWELL_S)
         finally:
@@ -167,14 +177,40 @@ class ViewerSocket:
             pass
 
     async def _act(self, message: wire.Message) -> None:
-        front, session_id = self._front, self._session_id
+        if not isinstance(message, wire.Attach | wire.Ack | wire.Ping):
+            await self._change(message)
+            return
         match message:
-            case wire.Interaction(event_id=event_id, event=event, at_chunk=at_chunk):
-                await self._interact(event_id, event.prompt, at_chunk)
             case wire.Ack(chunk_index=index):
                 self._viewer.acknowledge(index)
             case wire.Ping():
                 self._viewer.tell(wire.Pong())
+            case wire.Attach(start=start):
+                record = await self._front.get(self._session_id)
+                self._front.relays.reposition(self._viewer, check_start(start, record))
+                self._viewer.tell(self._video_start())
+
+    async def _change(self, message: wire.Message) -> None:
+        """What changes the session is not for everybody who watches."""
+        try:
+            self._visit.check(Need.USE)
+            await self._do(message)
+        except EchoError as e:
+            self._visit.audit(message.type, e.code)
+            if not isinstance(message, wire.Interaction):
+                raise
+            self._viewer.tell(wire.error_message(e, event_id=message.event_id))
+        else:
+            self._visit.audit(message.type, "ok")
+
+    async def _do(self, message: wire.Message) -> None:
+        front, session_id = self._front, self._session_id
+        match message:
+            case wire.Interaction(event_id=event_id, event=event, at_chunk=at_chunk):
+                entry = await front.add_event(session_id, event_id, event.prompt, at_chunk)
+                self._viewer.tell(
+                    wire.InteractionQueued(event_id=entry.event_id, effective_chunk=entry.chunk)
+                )
             case wire.TakeSnapshot():
                 ref = await front.pin_latest(session_id)
                 self._viewer.tell(
@@ -186,20 +222,6 @@ class ViewerSocket:
                 await front.resume(session_id)
             case wire.Stop():
                 await front.stop(session_id)
-            case wire.Attach(start=start):
-                record = await front.get(session_id)
-                front.relays.reposition(self._viewer, check_start(start, record))
-                self._viewer.tell(self._video_start())
-
-    async def _interact(self, event_id: str, prompt: str, at_chunk: int | None) -> None:
-        try:
-            entry = await self._front.add_event(self._session_id, event_id, prompt, at_chunk)
-        except EchoError as e:
-            self._viewer.tell(wire.error_message(e, event_id=event_id))
-            return
-        self._viewer.tell(
-            wire.InteractionQueued(event_id=entry.event_id, effective_chunk=entry.chunk)
-        )
 
     async def _send(self, message: wire.Message) -> None:
         await self._socket.send_text(wire.encode(message))
@@ -231,15 +253,17 @@ class PartsResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         streaming = asyncio.create_task(super().__call__(scope, receive, send))
         over = asyncio.create_task(self._viewer.over.wait())
+        guarding = asyncio.create_task(end_with_its_token(self._viewer, visit_of(scope)))
         try:
             await asyncio.wait((streaming, over), return_when=asyncio.FIRST_COMPLETED)
             if not streaming.done():
                 await asyncio.wait((streaming,), timeout=FAREWELL_S)
         finally:
             self._front.relays.detach(self._viewer)
-            for task in (streaming, over):
+            tasks = (streaming, over, guarding)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(streaming, over, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _parts(front: Front, viewer: Viewer) -> AsyncIterator[bytes]:

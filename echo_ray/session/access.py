@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
+from echo_ray.config_access import AccessSection
 from echo_ray.errors import Forbidden, QuotaExceeded, Unauthenticated
 from echo_ray.session import control_log
 from echo_ray.session.records import Pace, SessionRecord
@@ -117,6 +118,23 @@ class Quota:
     def instead(self) -> Quota:
         """For a session that takes the place of another of the tenant's."""
         return Quota(creates=self.creates)
+
+
+def quota_of(section: AccessSection, tenant: str) -> Quota | None:
+    """What the configuration gives a tenant; None while access is off."""
+    if not section.enabled:
+        return None
+    own = next((q for q in section.quotas if q.tenant == tenant), None)
+
+    def given(name: str) -> int:
+        value: int | None = None if own is None else getattr(own, name)
+        return int(getattr(section.quota, name)) if value is None else value
+
+    return Quota(
+        sessions=given("sessions"),
+        realtime=given("realtime_sessions"),
+        creates=given("creates_per_minute"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -265,6 +265,7 @@ class Cluster:
             "engine": self.engine,
             "nodes": nodes,
             "settings": {
+                "access.enabled": "false",
                 "model.preset": "echo-tiny",
                 "model.weights": "null",
                 "model.device": "cpu",

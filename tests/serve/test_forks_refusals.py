@@ -182,7 +182,7 @@ def test_a_session_that_was_made_although_nobody_heard_loses_no_blob() -> None:
         planted(rig)
         restore, delete = rig.directory.restore, rig.directory.delete
 
-        def unheard(past: Past) -> None:
+        def unheard(past: Past, **_: object) -> None:
             restore(past)
             raise StoreUnavailable("no answer")
 

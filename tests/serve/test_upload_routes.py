@@ -183,7 +183,7 @@ def test_a_clip_whose_session_cannot_be_created_is_deleted(monkeypatch: pytest.M
         rig.replica("a")
         rig.router()
 
-        def fail(record: object) -> None:
+        def fail(record: object, **_: object) -> None:
             assert any(rig.snapshots._blobs.values())
             raise StoreUnavailable("the database is locked")
 
