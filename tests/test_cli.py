@@ -321,8 +321,8 @@ def test_serve_refuses_access_whose_secrets_are_missing(capsys, tmp_path, monkey
         f"storage.path={tmp_path}/store",
     ]
     words = ["serve", "--config", str(file), *(w for s in settings for w in ("--set", s))]
-    assert f"access.tokens_file: {tmp_path}/tokens.yaml cannot be read" in refused(capsys, *words)
-    (tmp_path / "tokens.yaml").write_text(
+    assert f"access.tokens_file: {tmp_path}/tokens cannot be read" in refused(capsys, *words)
+    (tmp_path / "tokens").write_text(
         "tokens: [{name: a, tenant: acme, roles: [user], token: 0123456789abcdefghij}]"
     )
     assert f"access.viewer_secret_file: {tmp_path}/viewer-secret" in refused(capsys, *words)
