@@ -264,11 +264,11 @@ def test_new_code_replaces_every_replica_under_its_viewers(cluster: Cluster) -> 
         await asyncio.to_thread(cluster.deploy, 2, 2)
 
     everybody = asyncio.run(watched(cluster, redeploy))
-    after = {r["id"] for r in cluster.wait(2)}
-    assert not before & after
+    assert not before & {r["id"] for r in cluster.wait(2)}
     for seen in everybody:
         assert seen.owners[0] in before
-        assert seen.owners[-1] in after
+        # One of the new; on a starved machine Serve may have replaced that one too, meanwhile.
+        assert seen.owners[-1] not in before
 
 
 def test_scale_down_moves_the_sessions_of_the_replica_that_goes(cluster: Cluster) -> None:
