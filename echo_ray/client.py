@@ -13,23 +13,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
+import os
 import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import WebSocketException
 
 from echo_ray import wire
-from echo_ray.errors import ArchiveError, ClipInvalid, EchoError, MessageError, UnavailableError
+from echo_ray.client_reader import Reader, worth_a_retry
+from echo_ray.client_reader import Segment as Segment
+from echo_ray.errors import (
+    ArchiveError,
+    ClipInvalid,
+    EchoError,
+    MessageError,
+    TokenExpired,
+    Unauthenticated,
+    UnavailableError,
+)
 
 MAX_SEGMENT_BYTES = 2**28
 FIRST_DELAY_S = 0.1
@@ -38,20 +47,9 @@ CLIP_TIMEOUT_S = 150.0
 """A service looks at a whole clip before it answers."""
 COPY_TIMEOUT_S = 660.0
 """A service waits so long for an archive on its way, and copies before it answers."""
+TOKEN_VARIABLE = "ECHO_RAY_TOKEN"
 CLOSE_TIMEOUT_S = 0.5
 """Leaving early, with segments on their way that nobody will read, waits no longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One chunk of a stream."""
-
-    metadata: wire.ChunkMetadata
-    data: bytes
-
-    @property
-    def index(self) -> int:
-        return self.metadata.chunk_index
 
 
 class EchoClient:
@@ -63,11 +61,17 @@ class EchoClient:
         *,
         timeout_s: float = 30.0,
         patience_s: float = 60.0,
+        token: str | Path | None = None,
     ) -> None:
-        """`patience_s`: how long a stream tries to connect again before it gives up."""
+        """`patience_s`: how long a stream tries to connect again before it gives up.
+
+        `token`: shown to a service with access on, or the file that holds it, read at each use;
+        None: the variable ECHO_RAY_TOKEN, if it is set.
+        """
         self._url = url.rstrip("/")
         self._patience_s = patience_s
-        self._http = httpx.AsyncClient(base_url=self._url, timeout=timeout_s)
+        self._token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
+        self._http = httpx.AsyncClient(base_url=self._url, timeout=timeout_s, auth=self._signed)
         self._sockets: set[ClientConnection] = set()
 
     async def __aenter__(self) -> EchoClient:
@@ -193,6 +197,12 @@ class EchoClient:
         path = _path(session_id, f"/segments/{index}")
         return (await self._ask("GET", path, params={"format": format})).content
 
+    async def viewer_token(self, session_id: str, *, ttl_s: float | None = None) -> dict[str, Any]:
+        """A token that lets somebody watch this session for a while: `{token, expires_at}`."""
+        return await self._call(
+            "POST", _path(session_id, "/viewer-tokens"), _given({"ttl_s": ttl_s})
+        )
+
     async def replicas(self) -> list[dict[str, Any]]:
         return list((await self._call("GET", "/v1/admin/replicas"))["replicas"])
 
@@ -228,7 +238,7 @@ class EchoClient:
         Raises the service's refusal, `UnavailableError` after `patience_s` without a connection,
         `MessageError` when the service repeats, skips or damages a segment.
         """
-        reader = _Reader(format, start, on_message)
+        reader = Reader(format, start, on_message)
         failed_since: float | None = None
         delay_s = FIRST_DELAY_S
         while True:
@@ -240,7 +250,10 @@ class EchoClient:
                 return
             except (OSError, WebSocketException, TimeoutError) as e:
                 reason = reader.refusal or UnavailableError(f"{self._url}: {e!r}")
-                if not _worth_a_retry(e, reader.refusal):
+                # The token held when the stream began; the file may have a new one by now.
+                renewed = isinstance(reader.refusal, TokenExpired) and failed_since is None
+                renewed = renewed and isinstance(self._token, Path)
+                if not renewed and not worth_a_retry(e, reader.refusal):
                     raise reason from e
             now = time.monotonic()
             failed_since = failed_since or now
@@ -253,7 +266,11 @@ class EchoClient:
     async def _connected(self, url: str) -> AsyncIterator[ClientConnection]:
         """A socket that `close` knows of until it is closed."""
         socket = await connect(
-            url, max_size=MAX_SEGMENT_BYTES, compression=None, close_timeout=CLOSE_TIMEOUT_S
+            url,
+            max_size=MAX_SEGMENT_BYTES,
+            compression=None,
+            close_timeout=CLOSE_TIMEOUT_S,
+            additional_headers=self._credentials(),
         )
         self._sockets.add(socket)
         try:
@@ -262,7 +279,20 @@ class EchoClient:
             await socket.close()
             self._sockets.discard(socket)
 
-    def _stream_url(self, session_id: str, reader: _Reader) -> str:
+    def _credentials(self) -> dict[str, str]:
+        token = self._token
+        if isinstance(token, Path):
+            try:
+                token = token.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as e:
+                raise Unauthenticated(f"{token}: the token cannot be read: {e}") from e
+        return {"Authorization": f"Bearer {token}"} if token else {}
+
+    def _signed(self, request: httpx.Request) -> httpx.Request:
+        request.headers.update(self._credentials())
+        return request
+
+    def _stream_url(self, session_id: str, reader: Reader) -> str:
         query = f"?format={reader.format}"
         if reader.next is not None:
             query += f"&from={reader.next}"
@@ -295,69 +325,6 @@ class EchoClient:
         if answer.is_error:
             raise _refusal(answer)
         return answer
-
-
-class _Reader:
-    """What one stream has read, across its connections."""
-
-    def __init__(
-        self, format: str, start: int | None, on_message: Callable[[wire.Message], None] | None
-    ) -> None:
-        self.format = format
-        self.next = start
-        self.refusal: EchoError | None = None
-        self._tell = on_message
-
-    async def read(self, socket: ClientConnection) -> AsyncIterator[Segment]:
-        """Segments of one connection, each acknowledged when the next one is asked for."""
-        self.refusal = None
-        announced: wire.ChunkMetadata | None = None
-        async for received in socket:
-            if isinstance(received, bytes):
-                segment = self._checked(announced, received)
-                announced = None
-                yield segment
-                with contextlib.suppress(ConnectionClosed):
-                    # What was received before the close is still to be read, the reason included.
-                    await socket.send(wire.encode(wire.Ack(chunk_index=segment.index)))
-                continue
-            message = wire.parse_server(received)
-            if isinstance(message, wire.ChunkMetadata):
-                announced = message
-                continue
-            if message is not None and self._tell is not None:
-                self._tell(message)
-            if isinstance(message, wire.Done):
-                return
-            if isinstance(message, wire.VideoStart) and self.next is None:
-                self.next = message.start
-            if isinstance(message, wire.ErrorMessage):
-                self.refusal = wire.error_from(json.loads(received))
-        raise ConnectionClosed(socket.protocol.close_rcvd, socket.protocol.close_sent)
-
-    def _checked(self, metadata: wire.ChunkMetadata | None, data: bytes) -> Segment:
-        if metadata is None:
-            raise MessageError(f"a segment of {len(data)} bytes came without its metadata")
-        index = metadata.chunk_index
-        if index != self.next:
-            raise MessageError(f"chunk {index} came where {self.next} was due")
-        if len(data) != metadata.byte_length:
-            raise MessageError(
-                f"chunk {index} has {len(data)} bytes; {metadata.byte_length} were announced"
-            )
-        if self.format == "raw" and hashlib.sha256(data).hexdigest() != metadata.digest:
-            raise MessageError(f"chunk {index} does not match its digest {metadata.digest}")
-        self.next = index + 1
-        return Segment(metadata, data)
-
-
-def _worth_a_retry(error: Exception, refusal: EchoError | None) -> bool:
-    if isinstance(error, InvalidStatus):
-        return error.response.status_code >= 500
-    if refusal is None:
-        return True
-    code = error.rcvd.code if isinstance(error, ConnectionClosed) and error.rcvd else None
-    return refusal.retryable or code not in (1008, 1009)
 
 
 def _given(wish: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,12 @@ PROMPT_SHOWN = 60
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=URL, help=f"of the service (default: {URL})")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the token of a service with access on; default: the variable ECHO_RAY_TOKEN",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("list", help="all sessions, oldest first")
     _of_one(verbs, "show", "everything that the service says of a session")
@@ -33,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rewind = _of_one(verbs, "rewind", "go on from an earlier chunk, under a new id")
     rewind.add_argument("chunk", type=int)
+    token = _of_one(verbs, "viewer-token", "print a token to watch it with, for a while")
+    token.add_argument("--seconds", type=float, help="how long; default: as the service has it")
     export = _of_one(verbs, "export", "write the session to a file")
     export.add_argument("file", type=Path)
     taken = verbs.add_parser("import", help="a new session from such a file")
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 async def _lines(args: argparse.Namespace) -> Sequence[str]:
     from echo_ray.client import EchoClient
 
-    async with EchoClient(args.url) as client:
+    async with EchoClient(args.url, token=args.token_file) as client:
         return await VERBS[args.verb](client, args)
 
 
@@ -98,6 +106,10 @@ async def _import(client: EchoClient, args: argparse.Namespace) -> Sequence[str]
     return [_line(await client.import_(args.file))]
 
 
+async def _viewer_token(client: EchoClient, args: argparse.Namespace) -> Sequence[str]:
+    return [str((await client.viewer_token(args.id, ttl_s=args.seconds))["token"])]
+
+
 async def _delete(client: EchoClient, args: argparse.Namespace) -> Sequence[str]:
     await client.delete(args.id)
     return []
@@ -112,6 +124,7 @@ VERBS: Mapping[str, Callable[[EchoClient, argparse.Namespace], Awaitable[Sequenc
     "rewind": _rewind,
     "export": _export,
     "import": _import,
+    "viewer-token": _viewer_token,
     "delete": _delete,
 }
 

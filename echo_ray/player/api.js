@@ -1,3 +1,5 @@
+import { credentials, socketToken } from "./access.js";
+
 // The service's HTTP resources, as promises. A refusal is an ApiError with the service's own words.
 
 export class ApiError extends Error {
@@ -13,10 +15,13 @@ export function addressOf(path) {
   return new URL(path, document.baseURI);
 }
 
-export function streamAddress(id, from, format) {
-  const url = addressOf(`v1/sessions/${encodeURIComponent(id)}/stream`);
+export async function streamAddress(id, from, format) {
+  const url = addressOf(sessionPath(id, "/stream"));
   url.protocol = url.protocol.replace("http", "ws");
   url.search = new URLSearchParams({ from, format });
+  // A browser cannot set headers on a socket.
+  const token = await socketToken(() => call("POST", sessionPath(id, "/viewer-tokens"), {}));
+  if (token) url.searchParams.set("token", token);
   return url;
 }
 
@@ -25,7 +30,7 @@ async function call(method, path, body) {
   const response = await fetch(addressOf(path), {
     method,
     // A form says its type itself, with the boundary between its parts.
-    headers: body && !form ? { "content-type": "application/json" } : {},
+    headers: { ...credentials(), ...(body && !form && { "content-type": "application/json" }) },
     body: body && !form ? JSON.stringify(body) : body,
   });
   const text = await response.text();

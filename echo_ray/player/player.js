@@ -1,5 +1,6 @@
 // The page: forms and buttons on one side, one Viewer at a time on the other.
 
+import { onlyWatches } from "./access.js";
 import * as api from "./api.js";
 import { keepLists } from "./lists.js";
 import { canPlayVideo } from "./video_screen.js";
@@ -49,7 +50,7 @@ function showHint(text) {
 }
 
 function renderButtons() {
-  const on = state.viewer !== null && !state.over;
+  const on = state.viewer !== null && !state.over && !onlyWatches();
   element("pause").disabled = !on || state.paused;
   element("resume").disabled = !on || !state.paused;
   element("close").disabled = !on;
@@ -244,6 +245,8 @@ function chooseFirstFormat() {
 
 function begin() {
   chooseFirstFormat();
+  // Whoever has leave to watch one session starts none.
+  for (const control of element("start-form").elements) control.disabled = onlyWatches();
   element("start-form").addEventListener("submit", startSession);
   element("switch-form").addEventListener("submit", sendSwitch);
   element("pause").addEventListener("click", pause);

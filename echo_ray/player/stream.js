@@ -1,5 +1,6 @@
 // One session's segments, each index once and in order, over as many sockets as it takes.
 
+import { onlyWatches } from "./access.js";
 import { streamAddress } from "./api.js";
 
 const BACKOFF_MS = [200, 400, 800, 1600, 3000, 5000];
@@ -25,6 +26,8 @@ export class Stream {
   #watch = 0;
   #heard = 0;
   #stopped = false;
+  #turn = 0;
+  #asking = false;
   #lost = false;
 
   constructor({ id, format, from, on, exists }) {
@@ -41,7 +44,7 @@ export class Stream {
   }
 
   get held() {
-    return this.#socket === null && !this.#stopped && this.#retry === 0;
+    return !this.#socket && !this.#asking && !this.#stopped && this.#retry === 0;
   }
 
   /** Stop reading for a while: the session is further ahead than there is room for. */
@@ -52,7 +55,7 @@ export class Stream {
 
   /** Go on at the next index, now. */
   release() {
-    if (this.#stopped || this.#socket) return;
+    if (this.#stopped || this.#socket || this.#asking) return;
     clearTimeout(this.#retry);
     this.#connect();
   }
@@ -62,11 +65,22 @@ export class Stream {
     this.#drop();
   }
 
-  #connect() {
+  async #connect() {
     this.#retry = 0;
     this.#metadata = null;
     this.#refusal = null;
-    const socket = new WebSocket(streamAddress(this.#id, this.#next, this.#format));
+    const turn = (this.#turn += 1);
+    this.#asking = true;
+    let address;
+    try {
+      address = await streamAddress(this.#id, this.#next, this.#format);
+    } catch (error) {
+      if (turn === this.#turn) this.#unaddressed(error);
+      return;
+    }
+    if (turn !== this.#turn) return;
+    this.#asking = false;
+    const socket = new WebSocket(address);
     socket.binaryType = "arraybuffer";
     this.#socket = socket;
     let opened = false;
@@ -77,6 +91,12 @@ export class Stream {
     };
     socket.onmessage = (event) => socket === this.#socket && this.#received(event.data);
     socket.onclose = (event) => socket === this.#socket && this.#closed(event, opened);
+  }
+
+  #unaddressed(error) {
+    this.#asking = false;
+    if (error.status && error.status < 500 && error.status !== 429) this.#end(error);
+    else this.#later("cannot connect");
   }
 
   #opened() {
@@ -152,7 +172,9 @@ export class Stream {
   #closed(event, opened) {
     this.#drop();
     const refusal = this.#refusal ?? refusalOf(event);
-    if (refusal && !refusal.retryable) this.#end(refusal);
+    // The token in a socket's address is short-lived; whoever may make one goes on with the next.
+    const renewable = refusal?.code === "token_expired" && opened && !onlyWatches();
+    if (refusal && !refusal.retryable && !renewable) this.#end(refusal);
     else if (opened) this.#later("connection lost", refusal?.retry_after_s);
     else this.#check();
   }
@@ -184,6 +206,8 @@ export class Stream {
   }
 
   #drop() {
+    this.#turn += 1;
+    this.#asking = false;
     clearInterval(this.#watch);
     clearTimeout(this.#retry);
     this.#retry = 0;

@@ -30,7 +30,7 @@ from echo_ray.serve.access_rules import SOCKET, Rule, find
 from echo_ray.serve.access_tokens import VIEWER_PREFIX, ViewerTokens, known, parse_tokens
 from echo_ray.serve.telemetry import log
 from echo_ray.session import control_log
-from echo_ray.session.access import EVERYBODY, Need, Principal, check, sees
+from echo_ray.session.access import EVERYBODY, NOBODY, Need, Principal, check, sees
 
 TOKEN_CHARS = 8192
 RECHECK_S = 5.0
@@ -170,6 +170,8 @@ class Guard:
         method = scope["method"] if scope["type"] == "http" else SOCKET
         rule, session = find(method, scope["path"]) or (None, None)
         visit = Visit(self._access, None, rule, session, _request_id(scope))
+        if self._access.enabled:
+            visit.principal = NOBODY
         scope["echo.visit"] = visit
         try:
             visit.token, in_url = _token(scope, rule)

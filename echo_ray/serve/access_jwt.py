@@ -79,7 +79,8 @@ class KeySet:
         """The key of that id; without one, the only key. Raises `TokenInvalid`."""
         if self._file is not None:
             return _pick(self._file.value, key_id)
-        if self._due(self._refresh_s) or (key_id not in self._fetched and self._due(UNKNOWN_S)):
+        old = self._due(self._refresh_s) and not self._turn.locked()
+        if old or (key_id not in self._fetched and self._due(UNKNOWN_S)):
             async with self._turn:
                 # Somebody else may have asked meanwhile.
                 if self._due(UNKNOWN_S):
@@ -96,13 +97,14 @@ class KeySet:
 
     async def _fetch(self) -> None:
         """Fetch the keys; those of before stay if that fails."""
-        self._asked_s = self._clock.monotonic()
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 data = await self._download()
             self._fetched = parse_jwks(data, self._algorithms)
         except (httpx.HTTPError, TimeoutError, ConfigError) as error:
             log(logging.ERROR, "jwks_kept", source=self._source, error=repr(error)[:300])
+        finally:
+            self._asked_s = self._clock.monotonic()
 
     async def _download(self) -> bytes:
         data = b""

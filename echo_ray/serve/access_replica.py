@@ -56,5 +56,5 @@ class RoutersOnly:
         if not accepted:
             return True
         shown = [v for k, v in scope["headers"] if k == b"authorization"]
-        given = shown[0].removeprefix(_SCHEME) if len(shown) == 1 else b""
-        return any(hmac.compare_digest(given, secret) for secret in accepted)
+        given = shown[0] if len(shown) == 1 else b""
+        return any(hmac.compare_digest(given, _SCHEME + secret) for secret in accepted)

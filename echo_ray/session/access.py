@@ -74,6 +74,8 @@ class Principal:
 
 EVERYBODY = Principal(name="everybody", tenant=None, roles=frozenset(Role))
 """Whoever asks while access is off."""
+NOBODY = Principal(name="nobody", tenant=None, roles=frozenset())
+"""Whoever has shown no token yet while access is on."""
 
 
 def check(principal: Principal | None, need: Need) -> None:
