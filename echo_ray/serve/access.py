@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from echo_ray.serve.access_jwt import JwtTokens
 from echo_ray.serve.access_replica import replica_secret
 from echo_ray.serve.access_rules import SOCKET, Rule, find
 from echo_ray.serve.access_tokens import VIEWER_PREFIX, ViewerTokens, known, parse_tokens
-from echo_ray.serve.telemetry import log
+from echo_ray.serve.logs import REQUEST_ID, about, log
 from echo_ray.session import control_log
 from echo_ray.session.access import EVERYBODY, NOBODY, Need, Principal, check, sees
 
@@ -36,7 +35,6 @@ TOKEN_CHARS = 8192
 RECHECK_S = 5.0
 """An open stream's token is checked again this often: it may have run out or been withdrawn."""
 TENANTS_KEPT = 4096
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 Answer = Callable[[EchoError], Response]
 TenantOf = Callable[[str], Awaitable[str]]
 
@@ -82,7 +80,7 @@ class Visit:
                 action=action,
                 session=self.session,
                 outcome=outcome,
-                request=self.request,
+                request_id=self.request,
             )
 
 
@@ -173,6 +171,11 @@ class Guard:
         if self._access.enabled:
             visit.principal = NOBODY
         scope["echo.visit"] = visit
+        with about(request_id=visit.request):
+            await self._let_in(visit, scope, receive, send)
+
+    async def _let_in(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+        rule = visit.rule
         try:
             visit.token, in_url = _token(scope, rule)
             await self._access.admit(visit, in_url=in_url)
@@ -260,6 +263,6 @@ def _request_id(scope: Scope) -> str:
     """The caller's own, if it can stand in a log; else a new one."""
     for name, value in scope["headers"]:
         text = value.decode("latin-1") if name == b"x-request-id" else ""
-        if _REQUEST_ID.fullmatch(text):
+        if REQUEST_ID.fullmatch(text):
             return text
     return secrets.token_hex(8)

@@ -38,6 +38,8 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/healthz", Need.NOTHING),
     Rule("GET", "/readyz", Need.NOTHING),
     Rule("GET", "/metrics", Need.NOTHING),
+    # It tells addresses of the inside.
+    Rule("GET", "/metrics/targets", Need.ADMIN),
     Rule("GET", "/openapi.json", Need.NOTHING),
     Rule("GET", "/v1/models", Need.TOKEN),
     Rule("GET", "/v1/sessions", Need.WATCH),

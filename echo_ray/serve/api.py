@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Sequence
 from importlib import resources
@@ -24,7 +25,7 @@ from echo_ray.errors import (
     NoReplica,
     NotFoundError,
 )
-from echo_ray.serve.access import Access, Guard, visit_of
+from echo_ray.serve.access import Access, Guard, Visit, visit_of
 from echo_ray.serve.api_access import access_routes
 from echo_ray.serve.api_admin import admin_routes
 from echo_ray.serve.api_forks import fork_routes
@@ -32,6 +33,7 @@ from echo_ray.serve.api_sessions import SEGMENT_HEADERS, session_routes
 from echo_ray.serve.archive_body import BodyLimits
 from echo_ray.serve.forks import Forks
 from echo_ray.serve.front import Front
+from echo_ray.serve.logs import REQUEST_ID_HEADER, about, log, request_id
 from echo_ray.serve.schemas import REFUSALS, ModelList, ModelView, ScrapeTarget
 from echo_ray.serve.telemetry import CONTENT_TYPE
 from echo_ray.serve.viewers import viewer_routes
@@ -158,7 +160,8 @@ def error_response(error: EchoError) -> JSONResponse:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return JSONResponse({"error": error.to_dict()}, error.http_status, headers)
+    body = {**error.to_dict(), "request_id": request_id()}
+    return JSONResponse({"error": body}, error.http_status, headers)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -194,7 +197,13 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    return error_response(EchoError("the router failed; its log says why"))
+    # This is answered outside of all middleware.
+    visit = request.scope.get("echo.visit")
+    with about(request_id=visit.request if isinstance(visit, Visit) else None):
+        log(logging.ERROR, "request_failed", failure=error, path=request.url.path)
+        answer = error_response(EchoError("the router failed; its log says why"))
+        answer.headers[REQUEST_ID_HEADER] = request_id() or ""
+        return answer
 
 
 class RequestCount:

@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 from starlette.applications import Starlette
@@ -131,7 +132,9 @@ class DataSocket:
         return JSONResponse(body, status_code=200 if alive else 503)
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._stores, call)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._stores, copy_context().run, call
+        )
 
     async def _encoded(self, make: Callable[[Encode], bytes]) -> bytes:
         loop = asyncio.get_running_loop()

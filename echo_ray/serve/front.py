@@ -30,10 +30,11 @@ from echo_ray.errors import (
     UnavailableError,
 )
 from echo_ray.serve.clips import ClipDesk
+from echo_ray.serve.logs import REQUEST_ID_HEADER, log, request_id
 from echo_ray.serve.ownership import Owner, Owners
 from echo_ray.serve.relay import Relays
 from echo_ray.serve.retention import make_newest_durable_soon
-from echo_ray.serve.telemetry import Telemetry, log
+from echo_ray.serve.telemetry import Telemetry
 from echo_ray.session import rules
 from echo_ray.session.access import Quota, quota_of
 from echo_ray.session.engine_port import StreamShape
@@ -290,13 +291,16 @@ class Front:
         timeout_s: float | None = None,
     ) -> httpx.Response:
         timeout = self.http.timeout if timeout_s is None else httpx.Timeout(timeout_s)
+        headers = self.owners.credentials()
+        if (asked_by := request_id()) is not None:
+            headers = {**headers, REQUEST_ID_HEADER: asked_by}
         try:
             answer = await self.http.request(
                 method,
                 f"http://{owner.address}{path}",
                 params=query,
                 timeout=timeout,
-                headers=self.owners.credentials(),
+                headers=headers,
             )
         except (httpx.ConnectTimeout, httpx.NetworkError, httpx.RemoteProtocolError) as e:
             self.owners.avoid(owner.replica_id)

@@ -5,11 +5,37 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TextIO
 
 LOGGER = "echo_ray"
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+"""What an id may look like that somebody else gave a request."""
+REQUEST_ID_HEADER = "X-Request-Id"
+_about: ContextVar[Mapping[str, object]] = ContextVar("about", default=MappingProxyType({}))
+
+
+@contextmanager
+def about(**fields: object) -> Iterator[None]:
+    """Every line that is written inside has these fields too: session, epoch, chunk, request_id."""
+    known = {k: v for k, v in fields.items() if v is not None}
+    token = _about.set({**_about.get(), **known})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+def request_id() -> str | None:
+    """The id of the request that is being answered, if there is one."""
+    found = _about.get().get("request_id")
+    return found if isinstance(found, str) else None
 
 
 class JsonLines(logging.Formatter):
@@ -58,7 +84,8 @@ class StoreOutages(logging.Filter):
 
 def log(level: int, event: str, *, failure: BaseException | None = None, **fields: object) -> None:
     """Write one log line; `failure` adds its traceback."""
-    logging.getLogger(LOGGER).log(level, event, extra={"fields": fields}, exc_info=failure)
+    told = {**_about.get(), **fields}
+    logging.getLogger(LOGGER).log(level, event, extra={"fields": told}, exc_info=failure)
 
 
 def log_as_json(level: int = logging.INFO, stream: TextIO | None = None) -> None:

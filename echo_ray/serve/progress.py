@@ -25,9 +25,9 @@ from echo_ray.errors import (
 )
 from echo_ray.serve.bench import Bench
 from echo_ray.serve.fetch import Fetched
+from echo_ray.serve.logs import about, log
 from echo_ray.serve.runner import Event, SessionRunner
 from echo_ray.serve.segments import Segment
-from echo_ray.serve.telemetry import log
 from echo_ray.session import owner_events, owning
 from echo_ray.session.engine_port import State
 from echo_ray.session.fingerprint import NoFittingReplica
@@ -77,10 +77,13 @@ class Progress:
         runner, clock = self.runner, self._bench.clock
         used = runner.now.lease
         self._apply(partial(owner_events.begun, now_s=clock.monotonic()))
-        try:
-            self._work(used)
-        except Exception as error:
-            self._failed(error, used)
+        epoch = None if used is None else used.lease.epoch
+        index = None if self._state is None else self._state.next_index
+        with about(session=runner.session_id, epoch=epoch, chunk=index):
+            try:
+                self._work(used)
+            except Exception as error:
+                self._failed(error, used)
         if runner.ended is not None:
             self._forget()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextvars import Context
 
 from echo_ray import wire
 from echo_ray.clock import Clock
@@ -229,7 +230,9 @@ class Relays:
         relay = Relay(record, fmt, start, self._config, accounts)
         relay.upstream = self._upstream(record.id, fmt, relay)
         self._relays[record.id, fmt] = relay
-        relay.task = asyncio.create_task(self._run(relay, relay.upstream))
+        # It outlives the request that began it.
+        run = self._run(relay, relay.upstream)
+        relay.task = asyncio.create_task(run, context=Context())
         return relay
 
     async def _run(self, relay: Relay, upstream: Upstream) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from echo_ray.errors import EchoError, InvalidRequestError, UnavailableError
+from echo_ray.serve.logs import REQUEST_ID, REQUEST_ID_HEADER, about, log
 from echo_ray.serve.runner import Reader, SessionRunner
 
 T = TypeVar("T")
@@ -31,10 +33,14 @@ def answering(answer: Answer) -> Answer:
     """The route, with errors of ours turned into their answers."""
 
     async def route(request: Request) -> Response:
-        try:
-            return await answer(request)
-        except EchoError as error:
-            return JSONResponse({"error": error.to_dict()}, status_code=error.http_status)
+        given = request.headers.get(REQUEST_ID_HEADER, "")
+        asked_by = given if REQUEST_ID.fullmatch(given) else None
+        with about(request_id=asked_by, session=request.path_params.get("session_id")):
+            try:
+                return await answer(request)
+            except EchoError as error:
+                log(logging.INFO, "refused", error=error.message, code=error.code)
+                return JSONResponse({"error": error.to_dict()}, status_code=error.http_status)
 
     return route
 

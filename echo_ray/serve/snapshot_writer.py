@@ -16,9 +16,9 @@ from functools import partial
 from echo_ray.clock import Clock
 from echo_ray.errors import Draining, EchoError, Fenced
 from echo_ray.serve.accounts import ProgressAccounts
+from echo_ray.serve.logs import about, log
 from echo_ray.serve.retention import Pruner, make_newest_durable_soon
 from echo_ray.serve.runner import SessionRunner
-from echo_ray.serve.telemetry import log
 from echo_ray.session import owner_events
 from echo_ray.session import snapshot as codec
 from echo_ray.session.owning import LeaseOver
@@ -99,10 +99,13 @@ class SnapshotWriter:
                 if not self._jobs:
                     return
                 job = self._jobs.popleft()
-            if isinstance(job, _Write):
-                self._write(job)
-            else:
-                self._release(job)
+            lease = job.runner.now.lease
+            epoch = None if lease is None else lease.lease.epoch
+            with about(session=job.runner.session_id, epoch=epoch):
+                if isinstance(job, _Write):
+                    self._write(job)
+                else:
+                    self._release(job)
 
     def _write(self, job: _Write) -> None:
         session_id = job.runner.session_id

@@ -82,6 +82,7 @@ REPLICAS: tuple[MetricSpec, ...] = (
         "From a session's arrival here to its first published chunk.",
         ("start",),
         _START_S,
+        ("new", "resume"),
     ),
     MetricSpec(
         "playout_slack_seconds",
@@ -126,6 +127,7 @@ REPLICAS: tuple[MetricSpec, ...] = (
         "Time to write or read a snapshot.",
         ("op",),
         _IO_S,
+        ("write", "read"),
     ),
     MetricSpec("snapshot_size_bytes", "histogram", "bytes", "Size at rest.", (), _BYTES),
     MetricSpec(
@@ -225,6 +227,7 @@ ROUTERS: tuple[MetricSpec, ...] = (
         "From the last segment of one owner to the first of the next, as viewers get them.",
         ("cause",),
         _START_S,
+        ("failover", "move"),
     ),
     MetricSpec(
         "migrations",
@@ -237,7 +240,13 @@ ROUTERS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("requests", "counter", "requests", "HTTP requests.", ("route", "status")),
     MetricSpec(
-        "admission_rejections", "counter", "requests", "Sessions not admitted.", ("reason",)
+        "admission_rejections",
+        "counter",
+        "requests",
+        "Sessions not admitted.",
+        ("reason",),
+        (),
+        ("capacity_exhausted", "no_replica", "quota_exceeded"),
     ),
 )
 """What routers measure."""

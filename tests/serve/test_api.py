@@ -11,7 +11,7 @@ from router_rig import CONFIG, Rig, run
 
 from echo_ray.errors import StoreUnavailable
 
-ERROR_KEYS = {"message", "type", "code", "param", "retryable", "retry_after_s"}
+ERROR_KEYS = {"message", "type", "code", "param", "retryable", "retry_after_s", "request_id"}
 
 
 def refusal(answer: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:
