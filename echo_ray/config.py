@@ -20,6 +20,7 @@ import yaml
 
 from echo_ray.config_access import AccessSection
 from echo_ray.config_rules import require as require
+from echo_ray.config_telemetry import TelemetrySection
 from echo_ray.errors import ConfigError
 
 T = TypeVar("T")
@@ -286,6 +287,7 @@ class EchoConfig:
     http: HttpSection = field(default_factory=HttpSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     access: AccessSection = field(default_factory=AccessSection)
+    telemetry: TelemetrySection = field(default_factory=TelemetrySection)
 
 
 def from_mapping(cls: type[T], data: object, path: str = "") -> T:

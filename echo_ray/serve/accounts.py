@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from echo_ray.errors import ConflictError, EchoError, NotFoundError, SessionClosed
 from echo_ray.serve.segments import Segment
 from echo_ray.serve.telemetry import Telemetry, log
+from echo_ray.serve.tracing import ChunkTracer
 from echo_ray.session.capacity import smoothed
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.fingerprint import NoFittingReplica
@@ -31,8 +32,9 @@ def tell_store_calls(telemetry: Telemetry) -> Callable[[StoreCall], None]:
 class ProgressAccounts:
     """Keeps the measured chunk time and writes metrics and log lines."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, tracer: ChunkTracer | None = None) -> None:
         self._telemetry = telemetry
+        self._tracer = tracer
         self._lock = threading.Lock()
         self._chunk_seconds = 0.0
 
@@ -72,6 +74,11 @@ class ProgressAccounts:
                 telemetry.count("drift_parts", reading, part=part)
         for flag in chunk.drift.flags:
             telemetry.count("drift_flags", flag=flag)
+
+    def traced(self, session_id: str, epoch: int, segment: Segment, late_s: float) -> None:
+        """Tell the tracer of a committed chunk, if there is one."""
+        if self._tracer is not None:
+            self._tracer.chunk(session_id, epoch, segment, late_s)
 
     def memory(self, size_bytes: Mapping[str, int]) -> None:
         """What the engine takes now, by kind."""

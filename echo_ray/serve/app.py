@@ -21,6 +21,7 @@ from echo_ray.errors import ConfigError
 from echo_ray.preset import PRESETS, load_preset, preset_folder, with_codec
 from echo_ray.serve.replica import ENGINE, GeneratorReplica
 from echo_ray.serve.router import Router
+from echo_ray.serve.tracing import check_tracing
 
 
 def build(args: Mapping[str, Any]) -> Application:
@@ -43,6 +44,7 @@ def application(
     """
     config = from_mapping(EchoConfig, args)
     with_codec(load_preset(config.model.preset), config.model.vae)
+    check_tracing(config.telemetry)
     if config.storage.backend == "memory":
         raise ConfigError(
             "storage.backend: 'memory' is seen by one process only and a service has several; "

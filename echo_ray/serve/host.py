@@ -33,6 +33,7 @@ from echo_ray.serve.snapshot_writer import SnapshotWriter
 from echo_ray.serve.stepper import Stepper, Work
 from echo_ray.serve.telemetry import Telemetry
 from echo_ray.serve.tier_accounts import TierAccounts
+from echo_ray.serve.tracing import ChunkTracer
 from echo_ray.session import draining, owner_events
 from echo_ray.session.capacity import free_slots
 from echo_ray.session.draining import Drain, Reason, Verdict
@@ -64,6 +65,7 @@ class SessionHost:
         telemetry: Telemetry,
         clock: Clock,
         warm_up_chunks: int = 0,
+        tracer: ChunkTracer | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.config = config
@@ -73,7 +75,7 @@ class SessionHost:
         """Where the data socket listens; no heartbeat is sent before it is known."""
         self._node_id, self._pid = node_id, pid
         self._store = store
-        self._accounts = ProgressAccounts(telemetry)
+        self._accounts = ProgressAccounts(telemetry, tracer)
         self._changed = threading.Condition(threading.RLock())
         self._sessions: dict[str, tuple[SessionRunner, tuple[Work, ...]]] = {}
         self._drain: Drain | None = None

@@ -236,6 +236,7 @@ class Progress:
         )
         effects = runner.publish(segment, event)
         bench.accounts.produced(segment, bench.engine.shape, late_s=late_s)
+        bench.accounts.traced(runner.session_id, epoch, segment, late_s)
         if Effect.FIRST_CHUNK in effects:
             now = runner.now
             bench.accounts.first_chunk(now_s - now.arrived_s, resumed=now.resumed)

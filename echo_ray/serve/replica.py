@@ -22,6 +22,7 @@ from echo_ray.serve.door import Door
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.host import SessionHost
 from echo_ray.serve.telemetry import BOTH, REPLICAS, Telemetry, log_as_json
+from echo_ray.serve.tracing import open_tracer
 from echo_ray.session.draining import Reason
 from echo_ray.session.engine_port import Engine
 from echo_ray.storage.interface import Directory, SnapshotStore
@@ -66,6 +67,7 @@ class Generator:
     ) -> None:
         self.telemetry = telemetry or Telemetry(REPLICAS + BOTH)
         self.telemetry.set("build_info", 1, version=__version__, role="generator")
+        self._tracer = open_tracer(config.telemetry, replica_id, clock)
         self.host = SessionHost(
             replica_id=replica_id,
             node_id=node_id,
@@ -77,6 +79,7 @@ class Generator:
             telemetry=self.telemetry,
             clock=clock,
             warm_up_chunks=warm_up_chunks,
+            tracer=self._tracer,
         )
         self._socket = DataSocket(self.host)
         self._door = Door(self._socket.app, ip, config.http.replica_port)
@@ -104,6 +107,8 @@ class Generator:
                 return
             self._closed = True
             self.host.leave(within_s, timeout_s)
+            if self._tracer is not None:
+                self._tracer.close()
             self._door.stop()
             self._socket.close()
 

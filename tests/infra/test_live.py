@@ -103,7 +103,9 @@ async def story(service: Service, prometheus: Prometheus) -> list[tuple[str, str
 
 def _all_there(prometheus: Prometheus) -> bool:
     found = prometheus.targets()
-    return len(found.get("echo-ray-replicas", ())) == 2 and len(found["echo-ray-routers"]) == 1
+    return (
+        len(found.get("echo-ray-replicas", ())) == 2 and len(found.get("echo-ray-routers", ())) == 1
+    )
 
 
 def test_an_alert_fires_when_all_replicas_die_and_clears_when_streams_go_on(tmp_path: Path) -> None:
