@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--within", type=float, required=True, metavar="SECONDS", help="move them within this time"
     )
+    parser.add_argument(
+        "--secret-file", metavar="FILE", help="its access.replica_secret_file, with access on"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,8 +45,18 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.within <= 3600:
         raise ConfigError(f"--within {args.within} is not allowed: more than 0, at most 3600")
     host = f"[{args.host}]" if ":" in args.host else args.host
-    with httpx.Client(base_url=f"http://{host}:{args.port}", timeout=ANSWER_S) as client:
+    url, shown = f"http://{host}:{args.port}", _shown(args.secret_file)
+    with httpx.Client(base_url=url, headers=shown, timeout=ANSWER_S) as client:
         return drain(client, args.within, time.monotonic, time.sleep)
+
+
+def _shown(secret_file: str | None) -> dict[str, str]:
+    """The header by which a replica knows its routers. Raises `ConfigError` for the file."""
+    from echo_ray.clock import SystemClock
+    from echo_ray.serve.access_files import Secret
+    from echo_ray.serve.access_replica import replica_headers
+
+    return replica_headers(Secret("access.replica_secret", None, secret_file, SystemClock()))
 
 
 def drain(

@@ -29,7 +29,11 @@
         command:
           - /bin/sh
           - -c
-          - exec echo-ray drain "$POD_IP" --port 8001 --within {{ $v.drain.sessionSeconds }}
+          - >-
+            exec echo-ray drain "$POD_IP" --port 8001 --within {{ $v.drain.sessionSeconds }}
+            {{- if $v.access.enabled }}
+            --secret-file /etc/echo-ray/access/replica-secret
+            {{- end }}
   {{- else if eq .role "router" }}
   lifecycle:
     preStop:  # Balancers hear of the end before the socket closes.

@@ -55,6 +55,22 @@ def test_a_replica_on_a_fixed_port_is_drained(replicas, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_with_access_on_it_shows_the_secret_of_the_routers(replicas, tmp_path, capsys):
+    port, secret = free_port(), tmp_path / "replica-secret"
+    secret.write_text("s" * 40 + "\n")
+    files = {f"{kind}_secret_file": str(secret) for kind in ("viewer", "replica")}
+    access = {"enabled": True, "tokens_file": str(tmp_path / "tokens"), **files}
+    given = {"http": {"replica_port": port}, "access": access}
+    replicas.config = from_mapping(EchoConfig, given)
+    generator = replicas.start("a")
+    words = ["drain", "127.0.0.1", "--port", str(port), "--within", "5"]
+    assert cli.main(words) == 1
+    assert "refused to drain: Client error '401" in capsys.readouterr().err
+    assert generator.host.record().state == "ready"
+    assert cli.main([*words, "--secret-file", str(secret)]) == 0
+    assert generator.host.record().state == "drained"
+
+
 def test_a_fixed_port_takes_one_replica_and_is_free_after_it(replicas):
     port = free_port()
     replicas.config = from_mapping(EchoConfig, {"http": {"replica_port": port}})
@@ -105,6 +121,7 @@ def test_what_went_wrong_is_said(capsys, answer, says):
         (["--port", "70000", "--within", "5"], "--port 70000 is not allowed"),
         (["--port", "1", "--within", "0"], "--within 0.0 is not allowed: more than 0"),
         (["--port", "1", "--within", "4000"], "at most 3600"),
+        (["--port", "1", "--within", "1", "--secret-file", "/none"], "access.replica_secret_file: /none"),
     ],
 )
 def test_it_refuses(capsys, words, says):

@@ -91,7 +91,11 @@ def test_a_pod_ends_after_its_node_and_that_after_its_replica(name: str) -> None
         assert one(docs, "RayService")["spec"]["rayClusterDeletionDelaySeconds"] >= pod_s
         hook = container(pod)["lifecycle"]["preStop"]["exec"]["command"]
         if pod["metadata"]["labels"]["echo-ray/role"] == "generator":
-            assert hook[-1] == f'exec echo-ray drain "$POD_IP" --port 8001 --within {session_s}'
+            secret = app["args"]["access"].get("replica_secret_file")
+            shown = f" --secret-file {secret}" if secret else ""
+            drain = f'exec echo-ray drain "$POD_IP" --port 8001 --within {session_s}'
+            assert hook[-1] == drain + shown
+            assert session_s < pod_s
         else:
             assert hook == ["sleep", "5"]
 
