@@ -121,7 +121,10 @@ def test_what_went_wrong_is_said(capsys, answer, says):
         (["--port", "70000", "--within", "5"], "--port 70000 is not allowed"),
         (["--port", "1", "--within", "0"], "--within 0.0 is not allowed: more than 0"),
         (["--port", "1", "--within", "4000"], "at most 3600"),
-        (["--port", "1", "--within", "1", "--secret-file", "/none"], "access.replica_secret_file: /none"),
+        (
+            ["--port", "1", "--within", "1", "--secret-file", "/none"],
+            "access.replica_secret_file",
+        ),
     ],
 )
 def test_it_refuses(capsys, words, says):
