@@ -23,9 +23,7 @@ def test_a_service_with_access_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ECHO_RAY_TOKEN", TOKENS["both"])
     files = {k: v for k, v in asdict(section(tmp_path)).items() if k.endswith("_file") and v}
     settings = {f"access.{key}": json.dumps(value) for key, value in files.items()}
-    with running_service(
-        tmp_path, **settings, **{"access.enabled": "true", "session.drain_s": 1.0}
-    ) as service:
+    with running_service(tmp_path, **settings, **ON) as service:
 
         async def test() -> None:
             file = tmp_path / "mine"

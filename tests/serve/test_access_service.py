@@ -244,7 +244,7 @@ def test_the_audit_log_says_who_did_what_and_never_a_token(
         ("user", "acme", "stream", "ok"),
         ("user", "acme", "session.stop", "forbidden"),
     ]
-    assert lines[0]["request"] == "req-1"
+    assert lines[0]["request_id"] == "req-1"
     assert lines[0]["session"] == lines[2]["session"]
     everything = repr([r.__dict__ for r in caplog.records])
     for secret in (*TOKENS.values(), "secret-", "echo-view."):
