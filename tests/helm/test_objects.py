@@ -259,6 +259,16 @@ def test_rules_and_dashboards_are_those_of_infra() -> None:
         assert len(made[name]) < 2**20
 
 
+def test_runbooks_have_an_address() -> None:
+    given = values("full")
+    given["prometheusRule"]["runbookBase"] = "https://example.org/echo/"
+    rules = [r for g in one(objects(given), "PrometheusRule")["spec"]["groups"] for r in g["rules"]]
+    links = [r["annotations"]["runbook_url"] for r in rules if "alert" in r]
+    assert links
+    for link in links:
+        assert link.startswith("https://example.org/echo/docs/operations.md#")
+
+
 def test_what_is_off_is_absent() -> None:
     kinds = {d["kind"] for d in objects(values("cpu-dev"))}
     assert kinds == {"RayService", "Service", "ServiceAccount", "Deployment"}

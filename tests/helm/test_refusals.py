@@ -52,6 +52,7 @@ BY_SCHEMA = [
     ("ingress/paths", ["/"], "/ingress/paths/0"),
     ("networkPolicy/clients", {}, "/networkPolicy/clients"),
     ("podMonitor/interval", 15, "/podMonitor/interval"),
+    ("prometheusRule/runbookBase", "docs", "/prometheusRule/runbookBase"),
     ("dashboards/labels", {"a": 1}, "/dashboards/labels"),
     ("valkey/image", "valkey", "/valkey/image"),
 ]
