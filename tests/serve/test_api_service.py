@@ -184,6 +184,7 @@ def test_openapi_lists_every_route() -> None:
             ("get", "/readyz"),
             ("get", "/metrics"),
             ("get", "/metrics/targets"),
+            ("post", f"{one}/viewer-tokens"),
         }
 
     run(test)
