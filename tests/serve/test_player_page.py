@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from browser import CHROMIUM, Browser
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -19,6 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 
 import echo_ray
 from echo_ray.engine.frames import encode, mime
+from echo_ray.serve.web_headers import WebHeaders
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest
 from echo_ray.session.engine_port import StreamShape
 
@@ -56,6 +58,7 @@ class FakeService:
         self.events = {}
         self.asked = []
         self.sockets = set()
+        self.shown = []
         self.owner, self.epoch = "replica-a", 1
         self.state = "live"
         self.served = 0
@@ -66,6 +69,7 @@ class FakeService:
 
     def application(self):
         return Starlette(
+            middleware=[Middleware(WebHeaders)],
             routes=[
                 Route("/", lambda _: FileResponse(PLAYER / "index.html")),
                 Route("/v1/sessions", self.create, methods=["POST"]),
@@ -77,7 +81,7 @@ class FakeService:
                 Route("/v1/admin/replicas", self.replicas),
                 WebSocketRoute("/v1/sessions/{id}/stream", self.stream),
                 Mount("/player", StaticFiles(directory=PLAYER)),
-            ]
+            ],
         )
 
     def row(self):
@@ -103,6 +107,7 @@ class FakeService:
         return JSONResponse({"sessions": [self.row()] if self.session else []})
 
     async def get(self, request):
+        self.shown.append(request.headers.get("authorization"))
         if request.path_params["id"] != self.session:
             error = {"message": "session is unknown", "code": "session_not_found"}
             return JSONResponse({"error": error}, 404)
@@ -141,6 +146,7 @@ class FakeService:
             await ws.close(1008)
             return
         self.sockets.add(ws)
+        self.shown.append(ws.query_params.get("token"))
         fmt, index = ws.query_params["format"], int(ws.query_params["from"])
         self.asked.append(("stream", index, fmt))
         start = {"fps": 16, "width": 64, "height": 64, "mime": mime(fmt)}
@@ -222,6 +228,17 @@ def chunk_at_least(number):
 
 class TestInBrowser:
     pytestmark = needs_browser
+
+    def test_a_viewer_token_in_the_address_is_used_and_forgotten(self, service, browser):
+        service.session, service.prompts[0] = "s1", "an orange bar"
+        browser.open(f"{service.url}?session=s1#token=echo-view.a.b")
+        browser.wait_for(chunk_at_least(1))
+        assert service.shown[:2] == ["Bearer echo-view.a.b", "echo-view.a.b"]
+        assert browser.run("location.href") == f"{service.url}?session=s1"
+        assert browser.run("document.getElementById('prompt').disabled")
+        assert browser.run("document.getElementById('pause').disabled")
+        browser.run("sessionStorage.clear()")
+        assert browser.complaints == []
 
     def test_a_chosen_clip_is_sent_with_the_prompt(self, service, browser):
         browser.open(service.url)

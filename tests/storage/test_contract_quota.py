@@ -11,9 +11,11 @@ from fakes import FakeClock
 from stored import new
 
 from echo_ray.errors import QuotaExceeded
+from echo_ray.session import restoring
 from echo_ray.session.access import CREATE_WINDOW_S, Quota
 from echo_ray.session.forking import Past
 from echo_ray.session.records import Pace, SessionState
+from echo_ray.storage import redis_rows, sqlite_rows
 from echo_ray.storage.interface import Directory
 from echo_ray.storage.redis_directory import RedisDirectory
 
@@ -147,3 +149,25 @@ def test_names_without_a_session_are_found_when_the_quota_is_full(
     monkeypatch.setattr(directory._open, "follow", lambda *_: None)
     directory.set_state("a", state="closed")
     create(directory, "b", sessions=1)
+
+
+def test_a_past_keeps_the_tenant_and_one_of_an_older_release_has_none() -> None:
+    for tenant in ("acme", ""):
+        blob = restoring.encode(Past(record=new(tenant=tenant)))
+        assert (b"tenant" in blob) == bool(tenant)
+        past = restoring.decode(blob, store="s3", limit_bytes=2**20)
+        assert past.record.tenant == tenant
+
+
+def test_rows_of_older_releases_have_no_tenant() -> None:
+    fields = redis_rows.session_fields(new(tenant="acme"))
+    del fields["tenant"]
+    pairs = {**fields, "seq": "1", "appended": "0", "recorded": "0", "version": "v"}
+    reply = [part.encode() for pair in pairs.items() for part in pair]
+    stored = redis_rows.stored_from(reply)
+    assert stored is not None
+    assert stored.record.tenant == ""
+    row = list(sqlite_rows.session_values(new(tenant="acme")))
+    row[2] = row[2].replace(', "tenant": "acme"', "")
+    assert "tenant" not in row[2]
+    assert sqlite_rows.session_from((1, *row))[1].tenant == ""
