@@ -40,10 +40,15 @@ class ServePlan:
     def cpus(self) -> float:
         """Logical CPUs that its replicas ask Ray for."""
         return sum(
-            float(o.get("num_replicas") or 1)
-            * float((o.get("ray_actor_options") or {}).get("num_cpus", 1))
+            _most(o) * float((o.get("ray_actor_options") or {}).get("num_cpus", 1))
             for o in self.options.values()
         )
+
+
+def _most(options: Mapping[str, Any]) -> float:
+    """How many replicas a deployment may come to have."""
+    autoscaling = options.get("autoscaling_config") or {}
+    return float(autoscaling.get("max_replicas") or options.get("num_replicas") or 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

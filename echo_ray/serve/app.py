@@ -21,6 +21,7 @@ from echo_ray.errors import ConfigError
 from echo_ray.preset import PRESETS, load_preset, preset_folder, with_codec
 from echo_ray.serve.replica import ENGINE, GeneratorReplica
 from echo_ray.serve.router import Router
+from echo_ray.serve.scaling import check_policy
 from echo_ray.serve.tracing import check_tracing
 
 
@@ -92,6 +93,7 @@ def _sized(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Deployment]:
     for name, chosen in options.items():
         if name not in sized:
             raise ConfigError(f"deployments: {name!r} is unknown; known: {', '.join(sized)}")
+        check_policy(chosen)
         try:
             sized[name] = sized[name].options(**chosen)
         except (TypeError, ValueError) as e:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import fields
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,10 +25,12 @@ from echo_ray.engine.frames import check_format, encode, mime
 from echo_ray.serve.access_replica import RoutersOnly, replica_secret
 from echo_ray.serve.host import SessionHost
 from echo_ray.serve.pull import Pull
-from echo_ray.serve.requests import answering, number, until
+from echo_ray.serve.requests import answering, number, routers_id, until
 from echo_ray.serve.segments import Encode
 from echo_ray.serve.telemetry import CONTENT_TYPE
+from echo_ray.session import demand
 from echo_ray.session.chunk import Chunk
+from echo_ray.session.demand import Demand
 from echo_ray.session.draining import Reason
 
 PREPARE_TIMEOUT_S = 60.0
@@ -51,6 +54,7 @@ class DataSocket:
                 Route("/v1/prepare/{session_id}", answering(self._prepare), methods=["POST"]),
                 Route("/v1/segments/{session_id}/{n}", answering(self._segment)),
                 Route("/v1/drain", answering(self._drain), methods=["POST"]),
+                Route("/v1/demand", answering(self._demand), methods=["POST"]),
                 Route("/metrics", answering(self._metrics)),
                 Route("/healthz", answering(self._healthz)),
             ],
@@ -90,6 +94,14 @@ class DataSocket:
         left_s = await self._in_thread(lambda: self._host.drain(Reason.ADMIN, within_ms / 1000))
         state = self._host.record().state
         return JSONResponse({"state": state, "deadline_s": left_s}, status_code=202)
+
+    async def _demand(self, request: Request) -> Response:
+        query = request.query_params
+        router = routers_id(query.get("router"))
+        counts = {f.name: number(f.name, query.get(f.name)) for f in fields(Demand)}
+        now_s = self._host.clock.monotonic()
+        self._host.told = demand.heard(self._host.told, router, Demand(**counts), now_s)
+        return JSONResponse({}, status_code=202)
 
     async def _segment(self, request: Request) -> Response:
         session_id, epoch = (

@@ -86,6 +86,8 @@ class Front:
         self.owners = Owners(directory, config, clock, rng)
         self.relays = Relays(self.owners, config, clock, telemetry, rng, shape)
         self.snapshots = snapshots
+        self.homeless = 0
+        """Sessions that nobody watches and that the last sweep found no room for."""
         self.clips = ClipDesk(snapshots, shape, config.limits)
         self.http = httpx.AsyncClient(timeout=config.session.silence_s * 4, trust_env=False)
 

@@ -36,6 +36,7 @@ from echo_ray.serve.tier_accounts import TierAccounts
 from echo_ray.serve.tracing import ChunkTracer
 from echo_ray.session import draining, owner_events
 from echo_ray.session.capacity import free_slots
+from echo_ray.session.demand import Told
 from echo_ray.session.draining import Drain, Reason, Verdict
 from echo_ray.session.engine_port import Engine
 from echo_ray.session.fingerprint import ResumePolicy
@@ -73,6 +74,8 @@ class SessionHost:
         self.clock = clock
         self.address = ""
         """Where the data socket listens; no heartbeat is sent before it is known."""
+        self.told: Told = {}
+        """What routers told this replica of what asks for room."""
         self._node_id, self._pid = node_id, pid
         self._store = store
         self._accounts = ProgressAccounts(telemetry, tracer)
@@ -192,6 +195,17 @@ class SessionHost:
                 limit=self.config.limits.sessions_per_replica,
             ),
         )
+
+    @property
+    def leaving(self) -> Reason | None:
+        """Why this replica is to go away, if it is."""
+        drain = self._drain
+        return None if drain is None else drain.reason
+
+    @property
+    def least_slack_s(self) -> float:
+        """How far the session with least slack is ahead of playout; inf if nobody waits."""
+        return self._keeper.least_slack_s
 
     # Letting in
 

@@ -60,6 +60,8 @@ class LeaseKeeper:
         self._ttl_s = ttl_s
         self._renew_s = renew_s
         self._grace_s = idle_grace_s
+        self.least_slack_s = math.inf
+        """Until the next chunk is needed, of the session that has least; inf: nobody waits."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
@@ -153,7 +155,8 @@ class LeaseKeeper:
         self._telemetry.set("state_bytes", sum(r.state_bytes for r in runners))
         slack = [s for r in runners if (s := self._slack_s(r)) is not None]
         # Of nobody, slack is without end; a lead would be a guess.
-        self._telemetry.set("playout_slack_seconds", min(slack, default=math.inf))
+        self.least_slack_s = min(slack, default=math.inf)
+        self._telemetry.set("playout_slack_seconds", self.least_slack_s)
         self._telemetry.set("readers", sum(r.reader_count for r in runners))
         self._telemetry.set("session_slots", self._record().free_slots)
         # A replica whose last session left has no snapshot that grows old.

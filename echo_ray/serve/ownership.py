@@ -17,6 +17,7 @@ from echo_ray.config import EchoConfig
 from echo_ray.errors import CapacityError, Fenced, NoReplica
 from echo_ray.serve.access_replica import replica_headers, replica_secret
 from echo_ray.session import locating
+from echo_ray.session.demand import Refusals
 from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.session.locating import LOOKS, SAMPLE, Ask, Claim, Memory, Standing, Wait
 from echo_ray.session.locating import Owner as Owner
@@ -38,6 +39,8 @@ class Owners:
         self._rng = rng
         self._secret = replica_secret(config.access, clock)
         self._memory = Memory()
+        self.refusals = Refusals()
+        """Admissions refused for want of room."""
         self._policy = ResumePolicy(config.session.resume_policy)
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
@@ -88,7 +91,11 @@ class Owners:
         try:
             self._admit(await self._few(), model, pace)
         except (NoReplica, CapacityError):
-            self._admit(await self._all(), model, pace)
+            try:
+                self._admit(await self._all(), model, pace)
+            except (NoReplica, CapacityError):
+                self.refusals.add(self._clock.monotonic())
+                raise
 
     async def plan_move(self, record: SessionRecord, to: str | None) -> Move | None:
         """The move of a session as `moving.plan` has it, and refuses it.

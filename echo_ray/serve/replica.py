@@ -23,8 +23,10 @@ from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.host import SessionHost
 from echo_ray.serve.telemetry import BOTH, REPLICAS, Telemetry, log_as_json
 from echo_ray.serve.tracing import open_tracer
+from echo_ray.session import demand, figures
 from echo_ray.session.draining import Reason
 from echo_ray.session.engine_port import Engine
+from echo_ray.session.fingerprint import ResumePolicy
 from echo_ray.storage.interface import Directory, SnapshotStore
 from echo_ray.storage.open import open_directory, open_snapshots
 
@@ -97,6 +99,20 @@ class Generator:
         if not (self._door.alive and self.host.alive()):
             raise UnavailableError(f"replica {self.host.replica_id!r}: a thread is dead or hangs")
 
+    def figures(self) -> dict[str, float]:
+        """What the number of replicas is decided by, as far as this one knows it."""
+        host, session = self.host, self.host.config.session
+        standing = figures.standing(
+            host.record(),
+            leaving=host.leaving,
+            policy=ResumePolicy(session.resume_policy),
+            slack_s=host.least_slack_s,
+            chunk_s=host.engine.shape.chunk_s,
+            lead_chunks=session.lead_chunks,
+            limit=host.config.limits.sessions_per_replica,
+        )
+        return figures.figures(standing, demand.total(host.told, host.clock.monotonic()))
+
     def leave(self, within_s: float, timeout_s: float = CLOSE_S) -> None:
         """Have the sessions moved, give up the rest at a chunk boundary, then shut the door.
 
@@ -167,6 +183,10 @@ class GeneratorReplica:
     def _node_drains(self, left_s: float | None) -> None:
         within_s = self._drain_s if left_s is None else within(left_s, left_s)
         self._generator.host.drain(Reason.NODE, within_s)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where it scales this deployment: what its policy goes by."""
+        return self._generator.figures()
 
     def check_health(self) -> None:
         """Called by Serve; raises when this replica should be replaced."""

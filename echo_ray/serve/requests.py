@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from echo_ray.serve.runner import Reader, SessionRunner
 T = TypeVar("T")
 Answer = Callable[[Request], Awaitable[Response]]
 LONGEST_NUMBER = 15
+_ROUTER = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 def number(name: str, text: str | None) -> int:
@@ -27,6 +29,15 @@ def number(name: str, text: str | None) -> int:
             f"{name}={text!r} is not a number of at most {LONGEST_NUMBER} digits", param=name
         )
     return int(text)
+
+
+def routers_id(text: str | None) -> str:
+    """The name that a router gives itself. Raises `InvalidRequestError`."""
+    if text is None or not _ROUTER.fullmatch(text):
+        raise InvalidRequestError(
+            f"router={text!r} is not a name of 1 to 64 letters, digits, - and _", param="router"
+        )
+    return text
 
 
 def answering(answer: Answer) -> Answer:

@@ -17,6 +17,7 @@ from echo_ray.errors import ConfigError, UnavailableError
 from echo_ray.preset import load_preset
 from echo_ray.serve.accounts import tell_store_calls
 from echo_ray.serve.api import build_api
+from echo_ray.serve.demand import DemandTeller
 from echo_ray.serve.front import Front
 from echo_ray.serve.mover import Mover
 from echo_ray.serve.restorer import restore_forever
@@ -80,6 +81,7 @@ class RouterService:
         self._sweeping = asyncio.create_task(sweep_forever(front, rng))
         self._sweeping_blobs = asyncio.create_task(sweep_blobs_forever(front, rng))
         self._moving = asyncio.create_task(Mover(front, rng).run())
+        self._telling = asyncio.create_task(DemandTeller(front).run())
         self._restoring = asyncio.create_task(restore_forever(front, rng))
 
     @property
@@ -95,6 +97,7 @@ class RouterService:
             "sweep": self._sweeping,
             "sweep of blobs": self._sweeping_blobs,
             "mover": self._moving,
+            "teller of demand": self._telling,
             "restorer": self._restoring,
         }
         for name, task in parts.items():
@@ -103,7 +106,13 @@ class RouterService:
 
     async def stop(self) -> None:
         """Send viewers elsewhere and close."""
-        tasks = (self._sweeping, self._sweeping_blobs, self._moving, self._restoring)
+        tasks = (
+            self._sweeping,
+            self._sweeping_blobs,
+            self._moving,
+            self._telling,
+            self._restoring,
+        )
         for task in tasks:
             task.cancel()
         await self.front.close()

@@ -32,7 +32,8 @@ async def sweep_once(front: Front) -> int:
             adopted += 1
         except EchoError as e:
             log(logging.WARNING, "orphan_not_adopted", session=record.id, reason=e.message)
-    front.telemetry.set("sessions_waiting", left - adopted, watched="false")
+    front.homeless = left - adopted
+    front.telemetry.set("sessions_waiting", front.homeless, watched="false")
     front.telemetry.set("sessions_waiting", len(front.relays.waiting()), watched="true")
     open_now = await asyncio.to_thread(front.directory.count_open)
     front.telemetry.set("sessions_open", open_now)

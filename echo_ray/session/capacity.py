@@ -12,20 +12,26 @@ SMOOTHING = 0.1
 """Weight of the newest chunk in the mean."""
 
 
-def free_slots(
-    *, chunk_seconds: float, chunk_s: float, sessions: int, limit: int, margin: float = MARGIN
-) -> int:
-    """How many more realtime sessions fit.
+def slots(*, chunk_seconds: float, chunk_s: float, limit: int, margin: float = MARGIN) -> int:
+    """How many realtime sessions a device has room for.
 
-    `chunk_seconds` is compute per chunk and `chunk_s` its duration. An idle device always has room
-    for one, whatever it measured before, or not yet: a bad hour would never be measured away.
+    `chunk_seconds` is compute per chunk and `chunk_s` its duration. There is always room for one,
+    whatever was measured before, or not yet: a bad hour would never be measured away.
     """
     require(chunk_seconds >= 0, "chunk_seconds", chunk_seconds, "0 or more")
     require(chunk_s > 0, "chunk_s", chunk_s, "more than 0")
     require(0 <= margin < 1, "margin", margin, "0 to less than 1")
     # The small addend keeps 0.9 / 0.3 at 3: the quotient of two rounded numbers may fall short.
     fits = math.floor(chunk_s * (1 - margin) / chunk_seconds + 1e-9) if chunk_seconds else 1
-    return max(0, min(max(1, fits), limit) - sessions)
+    return min(max(1, fits), limit)
+
+
+def free_slots(
+    *, chunk_seconds: float, chunk_s: float, sessions: int, limit: int, margin: float = MARGIN
+) -> int:
+    """How many more of them fit beside the `sessions` that run."""
+    found = slots(chunk_seconds=chunk_seconds, chunk_s=chunk_s, limit=limit, margin=margin)
+    return max(0, found - sessions)
 
 
 def smoothed(mean_s: float, newest_s: float) -> float:

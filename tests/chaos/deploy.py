@@ -23,6 +23,7 @@ def deploy(wish: dict[str, Any]) -> None:
     plan = read_plan(Path(wish["config"]), settings)
     check_storage(plan)
     options = {name: dict(chosen) for name, chosen in plan.options.items()}
+    options["GeneratorReplica"].pop("autoscaling_config")
     options["GeneratorReplica"]["num_replicas"] = wish["nodes"]
     options["Router"] |= {"num_replicas": wish["nodes"], "max_replicas_per_node": 1}
     ray.init(address=wish["address"], _node_ip_address=wish["node_ip"], log_to_driver=False)
