@@ -24,10 +24,8 @@
 {{- end -}}
 {{- end -}}
 {{- if $v.autoscaling.enabled -}}
-{{- $config := (include "echo-ray.generator" (dict "root" . "options" (dict "name" "GeneratorReplica")) | fromYaml).autoscaling_config -}}
-{{- if not $config.policy -}}
-{{- fail "autoscaling.enabled needs autoscaling.generator.policy: sessions are no requests of Serve, so its own policy would see none" -}}
-{{- else if ge (int $config.min_replicas) (int $config.max_replicas) -}}
+{{- $total := include "echo-ray.total" (dict "root" . "role" "generator") | fromJson -}}
+{{- if ge (int $total.least) (int $total.most) -}}
 {{- fail "autoscaling.enabled needs room: give a generator group a maxReplicas above its minReplicas" -}}
 {{- end -}}
 {{- end -}}

@@ -14,6 +14,7 @@ import echo_ray
 from echo_ray.config import EchoConfig, from_mapping
 from echo_ray.errors import ConfigError
 from echo_ray.serve.app import build
+from echo_ray.serve.scaling import rules_of
 
 
 def config(given: dict) -> EchoConfig:
@@ -90,7 +91,9 @@ def test_replicas_are_those_of_the_groups() -> None:
     assert "num_replicas" not in generator
     bounds = generator["autoscaling_config"]
     assert (bounds["min_replicas"], bounds["max_replicas"]) == (1, 12)
-    assert bounds["downscale_delay_s"] == 600
+    assert bounds["policy"]["policy_function"] == "echo_ray.serve.scaling:SessionScaling"
+    rules = rules_of(bounds["policy"]["policy_kwargs"])
+    assert (rules.spare_slots, rules.at_once, rules.stable_s) == (4, 2, 600)
     cluster = one(docs, "RayService")["spec"]["rayClusterConfig"]
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"

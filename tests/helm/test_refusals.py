@@ -79,7 +79,7 @@ BY_RULE = [
     ("workerGroups/gpu/resources/limits/nvidia.com~gpu", 2, "has 2 GPUs, a generator"),
     ("workerGroups/router/resources/limits/nvidia.com~gpu", 1, "has 1 GPUs, a router"),
     ("model/device", "cpu", "a generator with model.device cpu needs 0"),
-    ("autoscaling/enabled", True, "needs autoscaling.generator.policy"),
+    ("autoscaling/enabled", True, "give a generator group a maxReplicas above"),
     ("drain/replicaSeconds", 27, "drain.replicaSeconds 27 is too short: at least"),
     ("drain/nodeSeconds", 60, "drain.nodeSeconds 60 must be more than"),
     ("drain/podSeconds", 110, "drain.podSeconds 110 must be more than"),
