@@ -231,16 +231,20 @@ def _going(state: State, fleet: Fleet, now_s: float, rules: Rules) -> int:
         return 0
     highest = max(count for _, count in state.peaks)
     surplus = fleet.target - max(highest, fleet.least, 1)
-    fitting = (n for n in range(min(rules.at_once, surplus), 0, -1) if _can_spare(fleet, n))
+    fitting = (n for n in range(min(rules.at_once, surplus), 0, -1) if _can_spare(fleet, n, rules))
     return next(fitting, 0)
 
 
-def _can_spare(fleet: Fleet, count: int) -> bool:
-    """Whether the sessions of any `count` replicas find room, each among those of its kind."""
+def _can_spare(fleet: Fleet, count: int, rules: Rules) -> bool:
+    """Whether the sessions of any `count` replicas find room, each among those of its kind.
+
+    With spare slots in every kind: a session may have come since.
+    """
     for kind in {r.kind for r in fleet.ready}:
         alike = [r for r in fleet.ready if r.kind == kind]
         left = sorted((r.slots for r in alike), reverse=True)[count:]
-        if sum(left) < sum(r.sessions for r in alike):
+        sessions = sum(r.sessions for r in alike)
+        if sum(left) < sessions + rules.spare_to_go(sessions):
             return False
     return True
 
