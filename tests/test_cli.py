@@ -12,11 +12,13 @@ from PIL import Image
 
 from echo_ray import __version__
 from echo_ray.cli import main
-from echo_ray.commands.serve import check_port, default_config, read_plan
+from echo_ray.commands.serve import ServePlan, check_port, default_config, read_plan
 from echo_ray.config import EchoConfig, from_mapping, read_yaml
 from echo_ray.errors import ConfigError, ModelUnknown
 from echo_ray.preset import preset_folder
 from echo_ray.serve.app import application
+from echo_ray.serve.scaling import rules_of
+from echo_ray.session.scaling import Rules
 from echo_ray.session.snapshot import Buffer, Snapshot, encode
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +159,14 @@ def test_the_config_file_of_a_cluster_is_one():
     bound = application(app["args"], options=options)._bound_deployment
     assert bound.ray_actor_options["num_gpus"] == 1
     assert options["Router"]["num_replicas"] == 2
+    scaling = bound._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 8)
+    # All rules are written out, as they are by default; Serve's own delays would come on top.
+    assert rules_of(scaling.policy.policy_kwargs) == Rules()
+    assert set(scaling.policy.policy_kwargs) == set(Rules.__slots__)
+    assert scaling.upscale_delay_s == scaling.downscale_delay_s == 0
+    # Ray gets room for as many as there may be.
+    assert ServePlan(app["args"], options).cpus == 8 + 2
 
 
 def test_the_plan_is_the_config_file_with_its_settings_changed():
