@@ -7,9 +7,11 @@ const SESSIONS_SHOWN = 50;
 
 /** Keep both tables fresh; `watched()` gives {session, owner}, `join(id)` is the rows' button. */
 export function keepLists({ sessions, replicas }, { watched, join }) {
+  const askSessions = unlessForbidden(listSessions);
+  const askReplicas = unlessForbidden(listReplicas);
   const renew = async () => {
     if (document.hidden) return;
-    const [some, machines] = await Promise.allSettled([listSessions(), listReplicas()]);
+    const [some, machines] = await Promise.allSettled([askSessions(), askReplicas()]);
     const { session, owner } = watched();
     if (some.value) fillSessions(sessions, some.value, session, join);
     if (machines.value) fillReplicas(replicas, machines.value, owner);
@@ -17,6 +19,20 @@ export function keepLists({ sessions, replicas }, { watched, join }) {
   renew();
   setInterval(renew, POLL_MS);
   return renew;
+}
+
+/** What is forbidden to this page's token is asked for once. */
+function unlessForbidden(list) {
+  let forbidden = false;
+  return async () => {
+    if (forbidden) return null;
+    try {
+      return await list();
+    } catch (error) {
+      forbidden = error.status === 401 || error.status === 403;
+      throw error;
+    }
+  };
 }
 
 function fillSessions(body, items, current, join) {

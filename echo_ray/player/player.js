@@ -245,8 +245,6 @@ function chooseFirstFormat() {
 
 function begin() {
   chooseFirstFormat();
-  // Whoever has leave to watch one session starts none.
-  for (const control of element("start-form").elements) control.disabled = onlyWatches();
   element("start-form").addEventListener("submit", startSession);
   element("switch-form").addEventListener("submit", sendSwitch);
   element("pause").addEventListener("click", pause);
@@ -259,10 +257,16 @@ function begin() {
     session: state.over ? null : state.viewer?.id,
     owner: state.viewer?.facts.received?.owner,
   });
-  renewLists = keepLists(
-    { sessions: element("sessions"), replicas: element("replicas") },
-    { watched, join: joinSession },
-  );
+  if (onlyWatches()) {
+    // Whoever has leave to watch one session starts none, changes none and sees no others.
+    for (const id of ["start-form", "switch-form", "lists"]) element(id).hidden = true;
+    element("hint").textContent = "This link is for watching one session.";
+  } else {
+    renewLists = keepLists(
+      { sessions: element("sessions"), replicas: element("replicas") },
+      { watched, join: joinSession },
+    );
+  }
   const asked = new URL(location.href).searchParams.get("session");
   if (asked) joinSession(asked);
 }

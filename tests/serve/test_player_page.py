@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import uvicorn
 from browser import CHROMIUM, Browser
+from replicas import eventually
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse
@@ -66,6 +67,8 @@ class FakeService:
         self.error = None
         self.clip = None
         self.ignored = {}
+        self.listed = []
+        self.forbidden = False
 
     def application(self):
         return Starlette(
@@ -104,6 +107,7 @@ class FakeService:
         return JSONResponse(self.row(), 201)
 
     async def list_all(self, request):
+        self.listed.append("sessions")
         return JSONResponse({"sessions": [self.row()] if self.session else []})
 
     async def get(self, request):
@@ -132,6 +136,10 @@ class FakeService:
         return JSONResponse(self.row())
 
     async def replicas(self, request):
+        self.listed.append("replicas")
+        if self.forbidden:
+            error = {"message": "this needs a token with the role admin", "code": "forbidden"}
+            return JSONResponse({"error": error}, 403)
         rows = [
             {"id": f"replica-{n}", "node_id": "node-1", "pid": 10, "address": "127.0.0.2:1",
              "state": "ready", "sessions": ["s1"] if self.owner == f"replica-{n}" else [],
@@ -235,10 +243,18 @@ class TestInBrowser:
         browser.wait_for(chunk_at_least(1))
         assert service.shown[:2] == ["Bearer echo-view.a.b", "echo-view.a.b"]
         assert browser.run("location.href") == f"{service.url}?session=s1"
-        assert browser.run("document.getElementById('prompt').disabled")
+        for what in ("start-form", "switch-form", "lists"):
+            assert browser.run(f"document.getElementById('{what}').hidden")
         assert browser.run("document.getElementById('pause').disabled")
+        assert service.listed == []
         browser.run("sessionStorage.clear()")
         assert browser.complaints == []
+
+    def test_a_list_that_is_forbidden_is_asked_for_once(self, service, browser):
+        service.forbidden = True
+        browser.open(service.url)
+        assert eventually(lambda: service.listed.count("sessions") >= 3, timeout_s=20)
+        assert service.listed.count("replicas") == 1
 
     def test_a_chosen_clip_is_sent_with_the_prompt(self, service, browser):
         browser.open(service.url)
