@@ -12,6 +12,7 @@ from echo_ray.serve.telemetry import log
 from echo_ray.session import moving
 from echo_ray.session.locating import Owner
 from echo_ray.session.moving import Work
+from echo_ray.session.records import SessionRecord
 
 PREPARE_TIMEOUT_S = 60.0
 
@@ -51,7 +52,7 @@ async def migrate(front: Front, session_id: str, to: str | None = None) -> Move:
         overtaken = isinstance(move.failed, ConflictError)
         front.telemetry.count("migrations", outcome="overtaken" if overtaken else "failed")
         if overtaken:
-            await _tell_owner(front, session_id)
+            tell_owner(front, await front.get(session_id))
         raise move.failed
     front.telemetry.count("migrations", outcome="ok")
     log(logging.INFO, "migrated", session=session_id, source=source, target=move.target.id)
@@ -60,12 +61,11 @@ async def migrate(front: Front, session_id: str, to: str | None = None) -> Move:
     return Move(session_id, source, move.target.id, move.epoch, moved=True)
 
 
-async def _tell_owner(front: Front, session_id: str) -> None:
+def tell_owner(front: Front, record: SessionRecord) -> None:
     """Somebody else moved the session meanwhile: viewers here, too, hear where it went."""
-    record = await front.get(session_id)
     if record.owner is not None:
-        front.relays.tell(session_id, wire.Migrated(owner=record.owner, epoch=record.epoch))
-        front.relays.poke(session_id)
+        front.relays.tell(record.id, wire.Migrated(owner=record.owner, epoch=record.epoch))
+        front.relays.poke(record.id)
 
 
 async def _step(front: Front, move: moving.Move) -> moving.Move:

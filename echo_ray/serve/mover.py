@@ -16,7 +16,7 @@ from functools import partial
 from echo_ray import wire
 from echo_ray.errors import CapacityError, ConflictError, EchoError, NoReplica, NotFoundError
 from echo_ray.serve.front import Front
-from echo_ray.serve.migration import migrate
+from echo_ray.serve.migration import migrate, tell_owner
 from echo_ray.serve.telemetry import log
 from echo_ray.session.records import SessionState
 
@@ -73,6 +73,8 @@ class Mover:
                 record = await self._front.get(session_id)
                 if record.owner == source:
                     await migrate(self._front, session_id)
+                else:
+                    tell_owner(self._front, record)
             except (ConflictError, NotFoundError):
                 # Moved by another router, paused, closed or deleted meanwhile.
                 return

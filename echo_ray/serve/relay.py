@@ -48,6 +48,7 @@ class Relay:
         self._pace = record.pace
         self._lead = config.session.lead_chunks
         self._wake = True
+        self._told_epoch = 0
 
     def next_index(self) -> int:
         return self.ring.next
@@ -93,6 +94,11 @@ class Relay:
         self.tell(wire.error_message(error))
 
     def tell(self, message: wire.Message) -> None:
+        """Tell all viewers; of a move once, however many have seen it."""
+        if isinstance(message, wire.Migrated):
+            if message.epoch <= self._told_epoch:
+                return
+            self._told_epoch = message.epoch
         for viewer in tuple(self.viewers):
             viewer.tell(message)
 
