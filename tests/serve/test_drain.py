@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,14 +16,17 @@ import yaml
 from drain_rig import PROMPT, Rig, run, until, view
 from fakes import FakeClock, FakeEngine
 from replicas import Replicas, eventually
+from stored import new
 
 from echo_ray import wire
 from echo_ray.config import EchoConfig, from_mapping
 from echo_ray.errors import ConfigError, EngineError, ReplicaNotFound, StoreUnavailable
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
+from echo_ray.serve.front import Front
+from echo_ray.serve.mover import Mover
 from echo_ray.serve.replica import within
 from echo_ray.session.draining import Reason
-from echo_ray.session.records import OnIdle, SessionState
+from echo_ray.session.records import OnIdle, ReplicaRecord, SessionState
 from echo_ray.session.snapshot import Snapshot
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
@@ -77,6 +82,29 @@ def test_of_two_routers_one_moves_a_session_and_the_viewers_of_both_hear_of_it()
         assert rig.replicas.directory.get(sid).epoch == 2
 
     run(test)
+
+
+def test_a_router_that_comes_too_late_tells_its_viewers_where_the_session_went() -> None:
+    gone = new("s1", owner="b", epoch=2)
+    draining = [ReplicaRecord(id="a", node_id="n", pid=1, address="", sessions=("s1",))]
+    told: list[object] = []
+
+    async def test() -> None:
+        front = SimpleNamespace(
+            directory=SimpleNamespace(draining=lambda: draining),
+            relays=SimpleNamespace(
+                of=lambda _: ["somebody watches"],
+                tell=lambda session_id, message: told.append((session_id, message)),
+                poke=lambda _: None,
+            ),
+            get=lambda _: asyncio.sleep(0, gone),
+        )
+        mover = Mover(cast(Front, front), random.Random(0))
+        await mover.look()
+        await asyncio.gather(*mover._moves.values())
+
+    asyncio.run(test())
+    assert told == [("s1", wire.Migrated(owner="b", epoch=2))]
 
 
 def test_sessions_without_viewers_move_too() -> None:
