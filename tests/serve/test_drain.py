@@ -21,10 +21,13 @@ from stored import new
 from echo_ray import wire
 from echo_ray.config import EchoConfig, from_mapping
 from echo_ray.errors import ConfigError, EngineError, ReplicaNotFound, StoreUnavailable
+from echo_ray.serve.cursor import Viewer
 from echo_ray.serve.drain import NodeWatch, before_exit, stop_budget_s
 from echo_ray.serve.front import Front
 from echo_ray.serve.mover import Mover
+from echo_ray.serve.relay import Relay
 from echo_ray.serve.replica import within
+from echo_ray.serve.stream_accounts import StreamAccounts
 from echo_ray.session.draining import Reason
 from echo_ray.session.records import OnIdle, ReplicaRecord, SessionState
 from echo_ray.session.snapshot import Snapshot
@@ -105,6 +108,16 @@ def test_a_router_that_comes_too_late_tells_its_viewers_where_the_session_went()
 
     asyncio.run(test())
     assert told == [("s1", wire.Migrated(owner="b", epoch=2))]
+
+
+def test_viewers_hear_of_a_move_once_however_many_saw_it() -> None:
+    told: list[object] = []
+    relay = Relay(new("s1"), "raw", 0, EchoConfig(), cast(StreamAccounts, SimpleNamespace()))
+    relay.viewers.add(cast(Viewer, SimpleNamespace(tell=told.append)))
+    first, second = wire.Migrated(owner="b", epoch=2), wire.Migrated(owner="c", epoch=3)
+    for message in (wire.Paused(), first, first, wire.Paused(), second, first):
+        relay.tell(message)
+    assert told == [wire.Paused(), first, wire.Paused(), second]
 
 
 def test_sessions_without_viewers_move_too() -> None:
