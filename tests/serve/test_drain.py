@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -113,7 +114,7 @@ def test_a_router_that_comes_too_late_tells_its_viewers_where_the_session_went()
 def test_viewers_hear_of_a_move_once_however_many_saw_it() -> None:
     told: list[object] = []
     relay = Relay(new("s1"), "raw", 0, EchoConfig(), cast(StreamAccounts, SimpleNamespace()))
-    relay.viewers.add(cast(Viewer, SimpleNamespace(tell=told.append)))
+    relay.viewers.add(cast(Viewer, Mock(tell=told.append)))
     first, second = wire.Migrated(owner="b", epoch=2), wire.Migrated(owner="c", epoch=3)
     for message in (wire.Paused(), first, first, wire.Paused(), second, first):
         relay.tell(message)
