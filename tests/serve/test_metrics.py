@@ -209,11 +209,13 @@ def test_events_handovers_and_waiting_sessions_at_a_router():
             await viewer.until(answer.json()["effective_chunk"])
             assert value("echo_ray_event_to_frame_seconds_count") == 1
             await rig.call("POST", f"/v1/admin/sessions/{sid}/migrate")
-            await viewer.until(viewer.indices[-1] + 9)
-            assert value("echo_ray_handover_gap_seconds_count", cause="move") == 1
+            # What the old owner made may still be on its way to the viewer.
+            while value("echo_ray_handover_gap_seconds_count", cause="move") == 0:
+                await viewer.until(viewer.indices[-1] + 1)
             await rig.owner(sid).crash()
-            await viewer.until(viewer.indices[-1] + 9)
-            assert value("echo_ray_handover_gap_seconds_count", cause="failover") == 1
+            while value("echo_ray_handover_gap_seconds_count", cause="failover") == 0:
+                await viewer.until(viewer.indices[-1] + 1)
+            assert value("echo_ray_handover_gap_seconds_count", cause="move") == 1
             await sweep_once(front)
             assert value("echo_ray_sessions_waiting", watched="true") == 0
             assert value("echo_ray_sessions_open") == 1
