@@ -1,1 +1,31 @@
-"""Device kernels with a plain PyTorch truth beside each. Imports torch, never echo_ray."""
+"""Device kernels with a plain PyTorch truth beside each. Imports torch, never echo_ray.
+
+An op runs its Triton kernel on CUDA and its truth elsewhere; `ECHO_KERNELS=reference` forces the
+truth. Triton itself is imported when the first kernel is.
+"""
+
+from __future__ import annotations
+
+from echo_kernels.chunk_advance import chunk_advance, place_memory
+from echo_kernels.dispatch import check_choice, fallbacks
+from echo_kernels.frames_to_uint8 import frames_to_uint8
+from echo_kernels.gated_residual_norm import residual_layernorm, residual_modulate
+from echo_kernels.layernorm_modulate import layernorm_modulate
+from echo_kernels.memory_gate_blend import memory_gate_blend
+from echo_kernels.qk_norm_rope_write import Slots, qk_norm_rope_write
+from echo_kernels.rms_norm import rms_norm
+
+__all__ = [
+    "Slots",
+    "check_choice",
+    "chunk_advance",
+    "fallbacks",
+    "frames_to_uint8",
+    "layernorm_modulate",
+    "memory_gate_blend",
+    "place_memory",
+    "qk_norm_rope_write",
+    "residual_layernorm",
+    "residual_modulate",
+    "rms_norm",
+]

@@ -1,0 +1,67 @@
+"""Triton functions that several kernels call. Everything is float32 unless its name says more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from echo_kernels.launch import kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@kernel
+def over_rms(squares: Any, channels: Any, eps: Any) -> Any:
+    """1 / rms of a row with this sum of squares."""
+    return tl.rsqrt(squares / channels + eps)
+
+
+@kernel
+def layer_norm(wide: Any, real: Any, channels: Any, eps: Any) -> Any:
+    """A row with mean 0 and variance 1; places that are not real hold 0 before and after."""
+    mean = tl.sum(wide, axis=0) / channels
+    centred = tl.where(real, wide - mean, 0.0)
+    return centred * over_rms(tl.sum(centred * centred, axis=0), channels, eps)
+
+
+@kernel
+def load_pairs(row: Any, pair: Any, real: Any) -> Any:
+    """A row's even and odd elements."""
+    even = tl.load(row + 2 * pair, mask=real, other=0.0).to(tl.float32)
+    odd = tl.load(row + 2 * pair + 1, mask=real, other=0.0).to(tl.float32)
+    return even, odd
+
+
+@kernel
+def store_pairs(row: Any, even: Any, odd: Any, pair: Any, real: Any) -> None:
+    kind = row.dtype.element_ty
+    tl.store(row + 2 * pair, even.to(kind), mask=real)
+    tl.store(row + 2 * pair + 1, odd.to(kind), mask=real)
+
+
+@kernel
+def normed_pairs(
+    row: Any, weight: Any, pair: Any, real: Any, channels: Any, eps: Any, NORM: tl.constexpr
+) -> Any:
+    """A row's even and odd elements, rounded before and after the weight as `rms_norm` does."""
+    even, odd = load_pairs(row, pair, real)
+    if NORM:
+        kind = row.dtype.element_ty
+        scale = over_rms(tl.sum(even * even + odd * odd, axis=0), channels, eps)
+        weight_even, weight_odd = load_pairs(weight, pair, real)
+        even = ((even * scale).to(kind).to(tl.float32) * weight_even).to(kind).to(tl.float32)
+        odd = ((odd * scale).to(kind).to(tl.float32) * weight_odd).to(kind).to(tl.float32)
+    return even, odd
+
+
+@kernel
+def store_turned(
+    row: Any, even: Any, odd: Any, rope: Any, pair: Any, turn: Any, real: Any
+) -> None:
+    """Turn pairs by a token's factors in float64; float32 lies between it and what is stored."""
+    cos = tl.load(rope + 2 * turn, mask=real, other=0.0)
+    sin = tl.load(rope + 2 * turn + 1, mask=real, other=0.0)
+    even, odd = even.to(tl.float64), odd.to(tl.float64)
+    turned_even = (even * cos - odd * sin).to(tl.float32)
+    turned_odd = (even * sin + odd * cos).to(tl.float32)
+    store_pairs(row, turned_even, turned_odd, pair, real)

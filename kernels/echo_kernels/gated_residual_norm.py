@@ -1,0 +1,178 @@
+"""What a branch gives back to the stream, and the norm that the next branch begins with.
+
+Shapes: B batch, F frames, N tokens, C width. A gate is per frame; without one the branch is added
+as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from echo_kernels.device import layer_norm
+from echo_kernels.dispatch import Op, expect
+from echo_kernels.launch import block_of, kernel, rows_of
+from echo_kernels.layernorm_modulate import check_frames, split_frames
+from echo_kernels.layernorm_modulate import truth as modulated
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+def gated(y_BNC: Tensor, gate_BFC: Tensor) -> Tensor:
+    """Every token times its frame's gate."""
+    frames = gate_BFC.shape[1]
+    return (split_frames(y_BNC, frames) * gate_BFC.unsqueeze(2)).flatten(1, 2)
+
+
+def residual(x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor | None) -> Tensor:
+    return x_BNC + (y_BNC if gate_BFC is None else gated(y_BNC, gate_BFC))
+
+
+def check_residual(op: str, x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor | None) -> None:
+    expect(op, "y", y_BNC, x_BNC.shape)
+    if gate_BFC is not None:
+        check_frames(op, "gate", x_BNC, gate_BFC)
+
+
+def check_modulate(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+) -> None:
+    check_residual("residual_modulate", x_BNC, y_BNC, gate_BFC)
+    check_frames("residual_modulate", "shift", x_BNC, shift_BFC)
+    expect("residual_modulate", "scale", scale_BFC, shift_BFC.shape)
+
+
+def modulate_truth(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + gate * y, and its LayerNorm with scale and shift of each token's frame."""
+    x_BNC = residual(x_BNC, y_BNC, gate_BFC)
+    return x_BNC, modulated(x_BNC, shift_BFC, scale_BFC, eps)
+
+
+def check_layernorm(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> None:
+    check_residual("residual_layernorm", x_BNC, y_BNC, gate_BFC)
+    expect("residual_layernorm", "weight", weight_C, x_BNC.shape[-1:])
+    expect("residual_layernorm", "bias", bias_C, x_BNC.shape[-1:])
+
+
+def layernorm_truth(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + gate * y, and its LayerNorm with weight and bias, which round once."""
+    x_BNC = residual(x_BNC, y_BNC, gate_BFC)
+    return x_BNC, functional.layer_norm(x_BNC, x_BNC.shape[-1:], weight_C, bias_C, eps)
+
+
+@kernel
+def residual_norm_kernel(
+    x: Any, y: Any, gate: Any, scale: Any, shift: Any, stream: Any, out: Any,
+    tokens: Any, gate_frame: Any, norm_frame: Any, channels: Any,
+    gate_b: Any, gate_f: Any, scale_b: Any, scale_f: Any, shift_b: Any, shift_f: Any,
+    eps: Any, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // tokens
+    token = row % tokens
+    at = tl.arange(0, BLOCK)
+    real = at < channels
+    kind = out.dtype.element_ty
+    branch = tl.load(y + row * channels + at, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        place = batch * gate_b + token // gate_frame * gate_f
+        factor = tl.load(gate + place + at, mask=real, other=0.0).to(tl.float32)
+        branch = (branch * factor).to(kind).to(tl.float32)
+    before = tl.load(x + row * channels + at, mask=real, other=0.0).to(tl.float32)
+    after = (before + branch).to(kind)
+    tl.store(stream + row * channels + at, after, mask=real)
+    normed = layer_norm(after.to(tl.float32), real, channels, eps)
+    frame = token // norm_frame
+    factor = tl.load(scale + batch * scale_b + frame * scale_f + at, mask=real, other=0.0)
+    factor = factor.to(tl.float32)
+    if MODULATED:
+        factor = (1.0 + factor).to(kind).to(tl.float32)
+        normed = (normed.to(kind).to(tl.float32) * factor).to(kind).to(tl.float32)
+    else:
+        normed = normed * factor
+    offset = tl.load(shift + batch * shift_b + frame * shift_f + at, mask=real, other=0.0)
+    tl.store(out + row * channels + at, (normed + offset.to(tl.float32)).to(kind), mask=real)
+
+
+def launch(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+    *,
+    is_modulated: bool,
+) -> tuple[Tensor, Tensor]:
+    x, y, shift, scale = x_BNC.contiguous(), y_BNC.contiguous(), rows_of(shift_BFC), scale_BFC
+    scale = rows_of(scale)
+    # Never read without a gate; Triton wants some pointer.
+    gate = shift if gate_BFC is None else rows_of(gate_BFC)
+    batch, tokens, channels = x.shape
+    stream, out = torch.empty_like(x), torch.empty_like(x)
+    residual_norm_kernel.launch(
+        (batch * tokens,),
+        x, y, gate, scale, shift, stream, out,
+        tokens, tokens // gate.shape[1], tokens // shift.shape[1], channels,
+        *gate.stride()[:2], *scale.stride()[:2], *shift.stride()[:2],
+        eps, GATED=gate_BFC is not None, MODULATED=is_modulated, BLOCK=block_of(channels),
+    )  # fmt: skip
+    return stream, out
+
+
+def run_modulate(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return launch(x_BNC, y_BNC, gate_BFC, shift_BFC, scale_BFC, eps, is_modulated=True)
+
+
+def run_layernorm(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    batch = x_BNC.shape[0]
+    weight, bias = (part.expand(batch, 1, -1) for part in (weight_C, bias_C))
+    return launch(x_BNC, y_BNC, gate_BFC, bias, weight, eps, is_modulated=False)
+
+
+residual_modulate = Op("residual_modulate", check_modulate, modulate_truth, run_modulate)
+residual_layernorm = Op("residual_layernorm", check_layernorm, layernorm_truth, run_layernorm)
