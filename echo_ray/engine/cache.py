@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_kernels import Slots, chunk_advance, place_memory
 from echo_ray.errors import EngineError
-from echo_ray.model.policies.policy import CachePolicy, CallFrames
-from echo_ray.model.rope import FrameRope, rotate
+from echo_ray.model.policies.policy import CachePolicy, CallFrames, Layout
+from echo_ray.model.rope import FrameRope
 from echo_ray.preset import CacheShape, DiTShape
 
 
@@ -27,25 +28,16 @@ from echo_ray.preset import CacheShape, DiTShape
 class WindowCall:
     """One forward pass over the window (implements `echo_ray.model.attention.KVCall`)."""
 
-    query_rope: Tensor
     _window: Window
+    _query_rope: Tensor
     _key_rope: Tensor
-    _dropped: int
-    """Leading tokens of the call whose keys and values are written nowhere (protected sink)."""
     _write: slice
-    """Tokens of the sink and local tiers that the call writes."""
+    """Tokens of the sink and local tiers that the call writes, its last ones."""
     _first: int
     """First token presented: 0 with memory, the sink's first without."""
 
-    def present(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-        return self._window.exchange(
-            layer,
-            k_BNHD[:, self._dropped :],
-            v_BNHD[:, self._dropped :],
-            self._key_rope,
-            self._write,
-            self._first,
-        )
+    def slots(self, layer: int) -> Slots:
+        return self._window.slots(layer, self._query_rope, self._key_rope, self._write, self._first)
 
 
 class Window:
@@ -75,7 +67,8 @@ class Window:
         self._raw_YBNHD = slots(window)
         self._keys_YBNHD = slots(self._memory_tokens + window)
         self._values_YBNHD = slots(self._memory_tokens + window)
-        self._memory_raw_BNHD: Tensor | None = None
+        self._memory_k_BNHD: Tensor | None = None
+        self._memory_v_BNHD: Tensor | None = None
         self._memory_positions: tuple[int, ...] = ()
         self._frames: list[int] = []
         self._positions: list[int | None] = []
@@ -108,13 +101,12 @@ class Window:
     def advance(self, first: int, count: int) -> None:
         """Make room for `count` frames from `first` on: the oldest local frames leave."""
         gone = self.leaving(count)
-        sink = self._cache.sink_frames
+        sink, held = self._cache.sink_frames, len(self._frames)
         if gone:
-            self._shift(sink, gone)
             del self._frames[sink : sink + gone]
-            kept = len(self._frames) - sink
-            self._positions = self._positions[:sink] + [None] * kept
         self._frames += range(first, first + count)
+        if gone:
+            self._shift(sink, held, gone, self._layout(first, count, 0).local)
         self._positions += [None] * count
 
     def relabel(self, frames: Sequence[int]) -> None:
@@ -124,9 +116,8 @@ class Window:
         self._frames = list(frames)
 
     def set_memory(self, k_BNHD: Tensor, v_BNHD: Tensor) -> None:
-        """Give every layer the memory's values; its keys follow at the next call that sees them."""
-        self._values_YBNHD[:, :, : self._memory_tokens] = v_BNHD
-        self._memory_raw_BNHD = k_BNHD
+        """The memory's un-rotated pair; every layer gets it at the next call that sees it."""
+        self._memory_k_BNHD, self._memory_v_BNHD = k_BNHD, v_BNHD
         self._memory_positions = ()
 
     def sink_copy(self) -> tuple[Tensor, Tensor]:
@@ -153,8 +144,7 @@ class Window:
         """
         held = len(self._frames)
         memory_frames = self._cache.memory_frames if see_memory else 0
-        frames = CallFrames(first, count, tuple(self._frames), self._cache.sink_frames)
-        layout = self._policy.layout(frames, memory_frames)
+        layout = self._layout(first, count, memory_frames)
         start = held - count
         written = max(start, self._cache.sink_frames if keep_sink else 0)
         positions = [*layout.sink, *layout.local]
@@ -164,64 +154,72 @@ class Window:
             self._place_memory(layout.memory)
         t = self._tokens
         return WindowCall(
-            query_rope=self._rope.table(layout.query),
             _window=self,
+            _query_rope=self._rope.table(layout.query),
             _key_rope=self._rope.table(positions[written:]),
-            _dropped=(written - start) * t,
             _write=slice(written * t, held * t),
             _first=0 if memory_frames else self._memory_tokens,
         )
 
-    def exchange(
-        self,
-        layer: int,
-        k_BNHD: Tensor,
-        v_BNHD: Tensor,
-        key_rope: Tensor,
-        write: slice,
-        first: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values into their slots; view all that are presented."""
+    def slots(
+        self, layer: int, query_rope: Tensor, key_rope: Tensor, write: slice, first: int
+    ) -> Slots:
+        """Where one layer's new keys and values go, and all that are presented."""
         offset = self._memory_tokens
         target = slice(offset + write.start, offset + write.stop)
-        self._raw_YBNHD[layer, :, write] = k_BNHD
-        self._keys_YBNHD[layer, :, target] = rotate(k_BNHD, key_rope)
-        self._values_YBNHD[layer, :, target] = v_BNHD
-        return (
-            self._keys_YBNHD[layer, :, first : target.stop],
-            self._values_YBNHD[layer, :, first : target.stop],
+        keys_BNHD, values_BNHD = self._keys_YBNHD[layer], self._values_YBNHD[layer]
+        return Slots(
+            query_rope,
+            key_rope,
+            raw_BKHD=self._raw_YBNHD[layer, :, write],
+            keys_BKHD=keys_BNHD[:, target],
+            values_BKHD=values_BNHD[:, target],
+            seen_keys_BMHD=keys_BNHD[:, first : target.stop],
+            seen_values_BMHD=values_BNHD[:, first : target.stop],
         )
 
-    def _shift(self, sink: int, gone: int) -> None:
-        """Move local slots down by `gone` frames, in blocks that do not overlap."""
-        t, offset = self._tokens, self._memory_tokens
-        stop = len(self._frames)
-        for slot in range(sink, stop - gone, gone):
-            size = min(gone, stop - gone - slot)
-            to = slice(slot * t, (slot + size) * t)
-            source = slice((slot + gone) * t, (slot + gone + size) * t)
-            self._raw_YBNHD[:, :, to] = self._raw_YBNHD[:, :, source]
-            values = self._values_YBNHD[:, :, offset:]
-            values[:, :, to] = values[:, :, source]
+    def _layout(self, first: int, count: int, memory_frames: int) -> Layout:
+        frames = CallFrames(first, count, tuple(self._frames), self._cache.sink_frames)
+        return self._policy.layout(frames, memory_frames)
+
+    def _shift(self, sink: int, held: int, gone: int, positions: Sequence[int]) -> None:
+        """Move local slots down by `gone` frames, to the local tier's next positions."""
+        kept = held - sink - gone
+        if kept:
+            self._turn(sink, held, gone, positions[:kept])
+        self._positions = [*self._positions[:sink], *positions[:kept]]
 
     def _renew(self, positions: Sequence[int], before: int) -> None:
         """Rotate the keys of slots below `before` whose content or position changed."""
         stale = [i for i in range(before) if self._positions[i] != positions[i]]
-        t, offset = self._tokens, self._memory_tokens
         while stale:
             start = stale[0]
             run = next((n for n, i in enumerate(stale) if i != start + n), len(stale))
             del stale[:run]
-            part = slice(start * t, (start + run) * t)
-            table = self._rope.table(positions[start : start + run])
-            target = slice(offset + part.start, offset + part.stop)
-            # Layer by layer, for the product is taken in float64: all at once would be gigabytes.
-            for raw_BNHD, keys_BNHD in zip(self._raw_YBNHD, self._keys_YBNHD, strict=True):
-                keys_BNHD[:, target] = rotate(raw_BNHD[:, part], table)
+            self._turn(start, start + run, 0, positions[start : start + run])
+
+    def _turn(self, start: int, stop: int, gone: int, positions: Sequence[int]) -> None:
+        """In slots of all layers: drop the first `gone` frames, rotate the rest to `positions`."""
+        t, offset = self._tokens, self._memory_tokens
+        raw = slice(start * t, stop * t)
+        rotated = slice(offset + raw.start, offset + raw.stop)
+        chunk_advance(
+            self._raw_YBNHD[:, :, raw],
+            self._keys_YBNHD[:, :, rotated],
+            self._values_YBNHD[:, :, rotated],
+            self._rope.table(positions),
+            gone * t,
+        )
 
     def _place_memory(self, positions: tuple[int, ...]) -> None:
-        if self._memory_raw_BNHD is None:
+        if self._memory_k_BNHD is None or self._memory_v_BNHD is None:
             raise EngineError("memory is presented before it was set")
-        rotated = rotate(self._memory_raw_BNHD, self._rope.table(positions))
-        self._keys_YBNHD[:, :, : self._memory_tokens] = rotated
+        tier = slice(0, self._memory_tokens)
+        place_memory(
+            self._memory_k_BNHD,
+            self._memory_v_BNHD,
+            self._rope.table(positions),
+            self._keys_YBNHD[:, :, tier],
+            self._values_YBNHD[:, :, tier],
+        )
         self._memory_positions = positions

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_kernels import frames_to_uint8
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
@@ -279,7 +280,7 @@ class EchoEngine:
     ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], list[float]]:
         """Frames as uint8 [N, H, W, 3] and latent statistics, fetched from the device together."""
         video, state.decoder = self._modules.codec.decode(latents, state.decoder)
-        pixels = (video[0].permute(0, 2, 3, 1) * 255.0).round().to(torch.uint8).contiguous()
+        pixels = frames_to_uint8(video[0])
         stats = latent_statistics(latents, query, state.latent.query_BMC)
         return pixels.to("cpu").numpy(), stats.to("cpu").tolist()
 

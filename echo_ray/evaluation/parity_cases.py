@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echo_kernels.rotate import rotate
 from echo_ray.engine.cache import Window
 from echo_ray.engine.generator import Generator
 from echo_ray.errors import InvalidRequestError
@@ -16,7 +17,7 @@ from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.policies.choose import choose_policy
 from echo_ray.model.policies.echo import EchoPolicy
 from echo_ray.model.policies.policy import CallFrames, Layout
-from echo_ray.model.rope import FrameRope, rope_table, rotate
+from echo_ray.model.rope import FrameRope, rope_table
 from echo_ray.model.state_dict import load_strict
 from echo_ray.preset import CacheShape, DiTShape, MemoryShape, SamplerShape
 

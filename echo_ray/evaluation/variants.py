@@ -12,6 +12,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from echo_kernels import Slots
 from echo_ray.errors import ConfigError
 from echo_ray.model.attention import KVCall
 from echo_ray.model.dit import DiT, PromptKV, TimeCondition
@@ -44,16 +45,14 @@ class SinklessCall:
     inner: KVCall
     sink_tokens: int
 
-    @property
-    def query_rope(self) -> Tensor:
-        return self.inner.query_rope
-
-    def present(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.inner.present(layer, k_BNHD, v_BNHD)
+    def slots(self, layer: int) -> Slots:
+        slots = self.inner.slots(layer)
+        keys, values = slots.seen_keys_BMHD, slots.seen_values_BMHD
         # While all that is presented is the call's own, the sink is the present and not the past.
-        if keys.shape[1] <= k_BNHD.shape[1]:
-            return keys, values
-        return keys[:, self.sink_tokens :], values[:, self.sink_tokens :]
+        if keys.shape[1] <= slots.query_rope_NP.shape[0]:
+            return slots
+        sink = self.sink_tokens
+        return replace(slots, seen_keys_BMHD=keys[:, sink:], seen_values_BMHD=values[:, sink:])
 
 
 class SinklessDiT(DiT):

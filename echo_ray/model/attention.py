@@ -11,23 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from echo_ray.model.rope import rotate
+from echo_kernels import Slots, qk_norm_rope_write, rms_norm
 
 
 class KVCall(Protocol):
     """One forward pass's view of the cache: where queries stand and which keys they see.
 
-    The transformer knows nothing about slots, eviction or positions; it hands over each layer's
-    new keys and values, un-rotated, and attends to what comes back.
+    The transformer knows nothing about eviction or positions; it writes each layer's new keys and
+    values where it is told, and attends to what it is shown.
     """
 
-    @property
-    def query_rope(self) -> Tensor:
-        """Complex rope factors [N, D / 2] of the query tokens."""
-        ...
-
-    def present(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the call's keys and values; return all presented ones, [B, M, H, D], rotated."""
+    def slots(self, layer: int) -> Slots:
+        """Where a layer's keys and values go, and all that its queries see afterwards."""
         ...
 
 
@@ -40,9 +35,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
+
+
+def weight_of(norm: nn.Module) -> Tensor | None:
+    """An RMSNorm's weight; none where a model has no norm."""
+    return norm.weight if isinstance(norm, RMSNorm) else None
 
 
 def split_heads(x_BNC: Tensor, heads: int) -> Tensor:
@@ -63,6 +61,7 @@ class QKV(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.eps = eps
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -84,9 +83,12 @@ class SelfAttention(QKV):
     """Attention over the three tiers that the cache presents (spec sections 3 and 4)."""
 
     def forward(self, x_BNC: Tensor, call: KVCall, layer: int) -> Tensor:
-        q_BNHD = rotate(self.queries(x_BNC), call.query_rope)
-        k_BMHD, v_BMHD = call.present(layer, *self.keys_values(x_BNC))
-        out: Tensor = self.o(attention(q_BNHD, k_BMHD, v_BMHD))
+        slots = call.slots(layer)
+        q_BNHD = qk_norm_rope_write(
+            self.q(x_BNC), self.k(x_BNC), self.v(x_BNC),
+            weight_of(self.norm_q), weight_of(self.norm_k), self.eps, slots,
+        )  # fmt: skip
+        out: Tensor = self.o(attention(q_BNHD, slots.seen_keys_BMHD, slots.seen_values_BMHD))
         return out
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from echo_kernels import layernorm_modulate, residual_layernorm, residual_modulate
+from echo_kernels.gated_residual_norm import residual
 from echo_ray.model.attention import CrossAttention, KVCall, SelfAttention
 from echo_ray.preset import DiTShape
 
@@ -31,6 +32,10 @@ class PromptKV:
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
+Modulation = tuple[Tensor, ...]
+"""What `Block.modulated` returns."""
+
+
 class Block(nn.Module):
     def __init__(self, shape: DiTShape) -> None:
         super().__init__()
@@ -47,17 +52,34 @@ class Block(nn.Module):
     def forward(
         self,
         x_BNC: Tensor,
-        e0_BF6C: Tensor,
+        h_BNC: Tensor,
+        modulation: Modulation,
+        following: tuple[Tensor, Tensor],
         prompt: tuple[Tensor, Tensor],
         call: KVCall,
         layer: int,
-    ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0_BF6C).unbind(2)
-        h = modulate(x_BNC, shift1, scale1, self.eps)
-        x_BNC = x_BNC + gated(self.self_attn(h, call, layer), gate1)
-        x_BNC = x_BNC + self.cross_attn(self.norm3(x_BNC), *prompt)
-        h = modulate(x_BNC, shift2, scale2, self.eps)
-        return x_BNC + gated(self.ffn(h), gate2)
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and its next norm, from the stream and `h`, this block's first norm of it.
+
+        `following`: shift and scale of what comes next, another block or the head.
+        """
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        y_BNC = self.self_attn(h_BNC, call, layer)
+        x_BNC, h_BNC = self._into_cross(x_BNC, y_BNC, gate1)
+        y_BNC = self.cross_attn(h_BNC, *prompt)
+        x_BNC, h_BNC = residual_modulate(x_BNC, y_BNC, None, shift2, scale2, self.eps)
+        return residual_modulate(x_BNC, self.ffn(h_BNC), gate2, *following, self.eps)
+
+    def modulated(self, e0_BF6C: Tensor) -> Modulation:
+        """Shift, scale and gate of self-attention, then of the feed-forward, each [B, F, C]."""
+        return (self.modulation + e0_BF6C).unbind(2)
+
+    def _into_cross(self, x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.norm3
+        if isinstance(norm, nn.LayerNorm):
+            return residual_layernorm(x_BNC, y_BNC, gate_BFC, norm.weight, norm.bias, norm.eps)
+        x_BNC = residual(x_BNC, y_BNC, gate_BFC)
+        return x_BNC, x_BNC
 
 
 class Head(nn.Module):
@@ -71,25 +93,13 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
 
     def forward(self, x_BNC: Tensor, e_BFC: Tensor) -> Tensor:
-        shift, scale = (self.modulation + e_BFC.unsqueeze(2)).unbind(2)
-        out: Tensor = self.head(modulate(x_BNC, shift, scale, self.eps))
+        out: Tensor = self.head(layernorm_modulate(x_BNC, *self.modulated(e_BFC), self.eps))
         return out
 
-
-def modulate(x_BNC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, then scale and shift of each token's frame."""
-    frames = shift_BFC.shape[1]
-    h_BFTC = split_frames(functional.layer_norm(x_BNC, x_BNC.shape[-1:], eps=eps), frames)
-    return (h_BFTC * (1 + scale_BFC.unsqueeze(2)) + shift_BFC.unsqueeze(2)).flatten(1, 2)
-
-
-def split_frames(x_BNC: Tensor, frames: int) -> Tensor:
-    return x_BNC.view(x_BNC.shape[0], frames, -1, x_BNC.shape[-1])
-
-
-def gated(y_BNC: Tensor, gate_BFC: Tensor) -> Tensor:
-    frames = gate_BFC.shape[1]
-    return (split_frames(y_BNC, frames) * gate_BFC.unsqueeze(2)).flatten(1, 2)
+    def modulated(self, e_BFC: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale [B, F, C]."""
+        shift, scale = (self.modulation + e_BFC.unsqueeze(2)).unbind(2)
+        return shift, scale
 
 
 def sinusoid(t_BF: Tensor, freq_dim: int) -> Tensor:
@@ -140,9 +150,18 @@ class DiT(nn.Module):
         """Flow of the same layout as the input."""
         frames = x_BFCHW.shape[1]
         x_BNC = self.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
-        for layer, block in enumerate(self._blocks()):
-            x_BNC = block(x_BNC, time.e0_BF6C, prompt.layers[layer], call, layer)
-        return self._unpatchify(self.head(x_BNC, time.e_BFC), frames)
+        blocks = self._blocks()
+        modulations = [block.modulated(time.e0_BF6C) for block in blocks]
+        following = [(shift, scale) for shift, scale, *_ in modulations[1:]]
+        following.append(self.head.modulated(time.e_BFC))
+        shift, scale, *_ = modulations[0]
+        h_BNC = layernorm_modulate(x_BNC, shift, scale, self.shape.eps)
+        for layer, block in enumerate(blocks):
+            x_BNC, h_BNC = block(
+                x_BNC, h_BNC, modulations[layer], following[layer],
+                prompt.layers[layer], call, layer,
+            )  # fmt: skip
+        return self._unpatchify(self.head.head(h_BNC), frames)
 
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]

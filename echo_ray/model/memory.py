@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from echo_kernels import memory_gate_blend
 from echo_ray.model.attention import RMSNorm, attention, split_heads
 from echo_ray.preset import DiTShape, MemoryShape
 
@@ -70,9 +71,8 @@ class MemoryEncoder(nn.Module):
         candidate: Tensor = self.connector_proj(z_BMC)
         if self.gate_linear is None:
             return candidate
-        gate = torch.sigmoid(self.gate_linear(torch.cat([q_BMC, candidate], dim=-1)))
-        out: Tensor = gate * q_BMC + (1 - gate) * candidate
-        return out
+        logits_BMC = self.gate_linear(torch.cat([q_BMC, candidate], dim=-1))
+        return memory_gate_blend(logits_BMC, q_BMC, candidate)
 
     def read_out(self, q_BMC: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values [B, M, H, D], one pair for all layers."""

@@ -1,7 +1,7 @@
 """Three-dimensional rotary embedding with explicit frame positions (spec section 3, RoPE).
 
-Shapes: N tokens, H heads, D head size, T tokens per frame, F frames. Tables are complex128: the
-product is taken in float64 and cast back, as published.
+Shapes: N tokens, D head size, T tokens per frame, F frames. Tables are complex128: the product is
+taken in float64 and cast back (`echo_kernels.rotate`), as published.
 """
 
 from __future__ import annotations
@@ -47,13 +47,6 @@ def rope_table(
         dim=-1,
     ).reshape(len(positions) * grid_height * grid_width, head_dim // 2)
     return torch.polar(torch.ones_like(angles), angles).to(device)
-
-
-def rotate(x_NHD: Tensor, table_NP: Tensor) -> Tensor:
-    """Turn adjacent pairs of the last axis; leading axes before [N, H, D] are batched."""
-    pairs = torch.view_as_complex(x_NHD.to(torch.float64).reshape(*x_NHD.shape[:-1], -1, 2))
-    turned = torch.view_as_real(pairs * table_NP[:, None]).flatten(-2)
-    return turned.to(x_NHD.dtype)
 
 
 class FrameRope:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_kernels.gated_residual_norm import gated
+from echo_kernels.layernorm_modulate import truth as modulate
 from echo_ray.model.attention import attention
-from echo_ray.model.dit import Block, DiT, PromptKV, TimeCondition, gated, modulate
+from echo_ray.model.dit import Block, DiT, PromptKV, TimeCondition
 
 Pair = tuple[Tensor, Tensor]
 

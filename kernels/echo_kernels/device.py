@@ -55,9 +55,7 @@ def normed_pairs(
 
 
 @kernel
-def store_turned(
-    row: Any, even: Any, odd: Any, rope: Any, pair: Any, turn: Any, real: Any
-) -> None:
+def store_turned(row: Any, even: Any, odd: Any, rope: Any, pair: Any, turn: Any, real: Any) -> None:
     """Turn pairs by a token's factors in float64; float32 lies between it and what is stored."""
     cos = tl.load(rope + 2 * turn, mask=real, other=0.0)
     sin = tl.load(rope + 2 * turn + 1, mask=real, other=0.0)

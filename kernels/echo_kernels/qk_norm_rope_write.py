@@ -77,15 +77,15 @@ def truth(
     slots: Slots,
 ) -> Tensor:
     """Rotated queries [B, N, H, D]; norms span the full width and are left out without a weight."""
-    heads = (slots.raw_BKHD.shape[2], -1)
+    heads = slots.raw_BKHD.shape[2:]
     q_BNC = q_BNC if weight_q_C is None else normed(q_BNC, weight_q_C, eps)
     k_BNC = k_BNC if weight_k_C is None else normed(k_BNC, weight_k_C, eps)
     dropped = k_BNC.shape[1] - slots.raw_BKHD.shape[1]
-    k_BKHD = k_BNC.unflatten(-1, heads)[:, dropped:]
+    k_BKHD = k_BNC[:, dropped:].view(slots.raw_BKHD.shape)
     slots.raw_BKHD.copy_(k_BKHD)
     slots.keys_BKHD.copy_(rotate(k_BKHD, slots.key_rope_KP))
-    slots.values_BKHD.copy_(v_BNC.unflatten(-1, heads)[:, dropped:])
-    return rotate(q_BNC.unflatten(-1, heads), slots.query_rope_NP)
+    slots.values_BKHD.copy_(v_BNC[:, dropped:].view(slots.raw_BKHD.shape))
+    return rotate(q_BNC.view(*q_BNC.shape[:2], *heads), slots.query_rope_NP)
 
 
 @kernel
@@ -103,15 +103,11 @@ def qk_norm_rope_write_kernel(
     real = pair < channels // 2
     turn = pair % pairs
     if tl.program_id(1) == 0:
-        even, odd = normed_pairs(
-            q + row * channels, weight_q, pair, real, channels, eps, NORM_Q
-        )
+        even, odd = normed_pairs(q + row * channels, weight_q, pair, real, channels, eps, NORM_Q)
         rope = query_rope + token * pairs * 2
         store_turned(out + row * channels, even, odd, rope, pair, turn, real)
     elif slot >= 0:
-        even, odd = normed_pairs(
-            k + row * channels, weight_k, pair, real, channels, eps, NORM_K
-        )
+        even, odd = normed_pairs(k + row * channels, weight_k, pair, real, channels, eps, NORM_K)
         store_pairs(raw + batch * raw_b + slot * channels, even, odd, pair, real)
         rope = key_rope + slot * pairs * 2
         store_turned(keys + batch * keys_b + slot * channels, even, odd, rope, pair, turn, real)

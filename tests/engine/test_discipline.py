@@ -85,15 +85,16 @@ def test_a_forward_copies_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_and_values_are_views_of_the_same_slots_for_ever() -> None:
     generator, state, noise = generator_at(7)
-    slots = (state.window._keys_YBNHD.data_ptr(), state.window._values_YBNHD.data_ptr())
+    before = (state.window._keys_YBNHD.data_ptr(), state.window._values_YBNHD.data_ptr())
     with torch.no_grad():
         generator.generate(state, noise)
         call = state.window.call(21, 3, see_memory=True)
-        fresh = torch.zeros(1, 12, 2, 8)
-        k, v = call.present(1, fresh, fresh)
-    assert (state.window._keys_YBNHD.data_ptr(), state.window._values_YBNHD.data_ptr()) == slots
-    assert k._base is state.window._keys_YBNHD
-    assert v._base is state.window._values_YBNHD
+        slots = call.slots(1)
+    assert (state.window._keys_YBNHD.data_ptr(), state.window._values_YBNHD.data_ptr()) == before
+    for view in (slots.keys_BKHD, slots.seen_keys_BMHD):
+        assert view._base is state.window._keys_YBNHD
+    for view in (slots.values_BKHD, slots.seen_values_BMHD):
+        assert view._base is state.window._values_YBNHD
 
 
 @contextmanager

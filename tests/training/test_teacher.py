@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from small import small_preset
-from torch import Tensor
 from training_rig import lively_model, losses_of, small_stage
 
-from echo_ray.model.rope import FrameRope, rotate
+from echo_kernels import Slots
+from echo_ray.model.rope import FrameRope
 from echo_ray.training.loop import step_random
 from echo_ray.training.teacher import clip_levels, whole_clip_flow
 
@@ -15,11 +15,13 @@ from echo_ray.training.teacher import clip_levels, whole_clip_flow
 class WholeClip:
     """All frames of a clip as one call without any past (a `KVCall`)."""
 
-    def __init__(self, frames: int) -> None:
-        self.query_rope = FrameRope(2, 2, 8, "cpu").table(tuple(range(frames)))
+    def __init__(self, frames: int, batch: int) -> None:
+        self.rope = FrameRope(2, 2, 8, "cpu").table(tuple(range(frames)))
+        self.shape = (batch, self.rope.shape[0], 2, 8)
 
-    def present(self, layer: int, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate(k_BNHD, self.query_rope), v_BNHD
+    def slots(self, layer: int) -> Slots:
+        raw, keys, values = (torch.full(self.shape, torch.nan) for _ in range(3))
+        return Slots(self.rope, self.rope, raw, keys, values, keys, values)
 
 
 def test_a_whole_clip_is_one_pass_of_the_transformer_that_serves() -> None:
@@ -32,7 +34,7 @@ def test_a_whole_clip_is_one_pass_of_the_transformer_that_serves() -> None:
         found = whole_clip_flow(model, x, sigma, ids.expand(-1, 4, -1))
         time = model.dit.condition((1000 * sigma)[:, None].expand(-1, 12))
         prompt = model.dit.encode_prompt(model.text(ids[:, 0]))
-        expected = model.dit(x, time, prompt, WholeClip(12))
+        expected = model.dit(x, time, prompt, WholeClip(12, batch=2))
     assert torch.allclose(found, expected, atol=1e-5)
 
 

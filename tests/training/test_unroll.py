@@ -6,10 +6,11 @@ import pytest
 import torch
 from small import small_preset
 
+from echo_kernels.rotate import rotate
 from echo_ray.engine.generator import Generator
 from echo_ray.errors import ConfigError
 from echo_ray.model.dit import PromptKV
-from echo_ray.model.rope import FrameRope, rotate
+from echo_ray.model.rope import FrameRope
 from echo_ray.training.fast import dit_forward
 from echo_ray.training.unroll import Unrolled
 from echo_ray.weights.modules import build_modules
