@@ -6,7 +6,7 @@ tokens; a window's tensors are views of the same slots.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -54,9 +54,10 @@ def advance_truth(
 
 @kernel
 def chunk_advance_kernel(
-    raw: Any, keys: Any, values: Any, rope: Any,
-    kept: Any, gone: Any, step: Any, channels: Any, pairs: Any,
-    raw_y: Any, raw_b: Any, keys_y: Any, keys_b: Any, values_y: Any, values_b: Any,
+    raw: tl.tensor, keys: tl.tensor, values: tl.tensor, rope: tl.tensor,
+    kept: tl.tensor, gone: tl.tensor, step: tl.tensor, channels: tl.tensor, pairs: tl.tensor,
+    raw_y: tl.tensor, raw_b: tl.tensor, keys_y: tl.tensor, keys_b: tl.tensor,
+    values_y: tl.tensor, values_b: tl.tensor,
     MOVE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
@@ -113,9 +114,10 @@ def memory_truth(
 
 @kernel
 def place_memory_kernel(
-    k: Any, v: Any, rope: Any, keys: Any, values: Any,
-    layers: Any, tokens: Any, channels: Any, pairs: Any,
-    keys_y: Any, keys_b: Any, values_y: Any, values_b: Any, BLOCK: tl.constexpr,
+    k: tl.tensor, v: tl.tensor, rope: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    layers: tl.tensor, tokens: tl.tensor, channels: tl.tensor, pairs: tl.tensor,
+    keys_y: tl.tensor, keys_b: tl.tensor, values_y: tl.tensor, values_b: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from echo_kernels.launch import kernel
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 @kernel
-def over_rms(squares: Any, channels: Any, eps: Any) -> Any:
+def over_rms(squares: tl.tensor, channels: tl.tensor, eps: tl.tensor) -> tl.tensor:
     """1 / rms of a row with this sum of squares."""
     return tl.rsqrt(squares / channels + eps)
 
 
 @kernel
-def layer_norm(wide: Any, real: Any, channels: Any, eps: Any) -> Any:
+def layer_norm(wide: tl.tensor, real: tl.tensor, channels: tl.tensor, eps: tl.tensor) -> tl.tensor:
     """A row with mean 0 and variance 1; places that are not real hold 0 before and after."""
     mean = tl.sum(wide, axis=0) / channels
     centred = tl.where(real, wide - mean, 0.0)
@@ -25,7 +25,7 @@ def layer_norm(wide: Any, real: Any, channels: Any, eps: Any) -> Any:
 
 
 @kernel
-def load_pairs(row: Any, pair: Any, real: Any) -> Any:
+def load_pairs(row: tl.tensor, pair: tl.tensor, real: tl.tensor) -> tl.tensor:
     """A row's even and odd elements."""
     even = tl.load(row + 2 * pair, mask=real, other=0.0).to(tl.float32)
     odd = tl.load(row + 2 * pair + 1, mask=real, other=0.0).to(tl.float32)
@@ -33,7 +33,9 @@ def load_pairs(row: Any, pair: Any, real: Any) -> Any:
 
 
 @kernel
-def store_pairs(row: Any, even: Any, odd: Any, pair: Any, real: Any) -> None:
+def store_pairs(
+    row: tl.tensor, even: tl.tensor, odd: tl.tensor, pair: tl.tensor, real: tl.tensor
+) -> None:
     kind = row.dtype.element_ty
     tl.store(row + 2 * pair, even.to(kind), mask=real)
     tl.store(row + 2 * pair + 1, odd.to(kind), mask=real)
@@ -41,8 +43,14 @@ def store_pairs(row: Any, even: Any, odd: Any, pair: Any, real: Any) -> None:
 
 @kernel
 def normed_pairs(
-    row: Any, weight: Any, pair: Any, real: Any, channels: Any, eps: Any, NORM: tl.constexpr
-) -> Any:
+    row: tl.tensor,
+    weight: tl.tensor,
+    pair: tl.tensor,
+    real: tl.tensor,
+    channels: tl.tensor,
+    eps: tl.tensor,
+    NORM: tl.constexpr,
+) -> tl.tensor:
     """A row's even and odd elements, rounded before and after the weight as `rms_norm` does."""
     even, odd = load_pairs(row, pair, real)
     if NORM:
@@ -55,7 +63,15 @@ def normed_pairs(
 
 
 @kernel
-def store_turned(row: Any, even: Any, odd: Any, rope: Any, pair: Any, turn: Any, real: Any) -> None:
+def store_turned(
+    row: tl.tensor,
+    even: tl.tensor,
+    odd: tl.tensor,
+    rope: tl.tensor,
+    pair: tl.tensor,
+    turn: tl.tensor,
+    real: tl.tensor,
+) -> None:
     """Turn pairs by a token's factors in float64; float32 lies between it and what is stored."""
     cos = tl.load(rope + 2 * turn, mask=real, other=0.0)
     sin = tl.load(rope + 2 * turn + 1, mask=real, other=0.0)

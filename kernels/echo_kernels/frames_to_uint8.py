@@ -5,7 +5,7 @@ Shapes: N frames, K colours, H W size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def truth(video_NKHW: Tensor) -> Tensor:
 
 @kernel
 def frames_to_uint8_kernel(
-    video: Any, out: Any, colours: Any, pixels: Any, BLOCK: tl.constexpr
+    video: tl.tensor, out: tl.tensor, colours: tl.tensor, pixels: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < pixels

@@ -6,7 +6,7 @@ as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -92,10 +92,12 @@ def layernorm_truth(
 
 @kernel
 def residual_norm_kernel(
-    x: Any, y: Any, gate: Any, scale: Any, shift: Any, stream: Any, out: Any,
-    tokens: Any, gate_frame: Any, norm_frame: Any, channels: Any,
-    gate_b: Any, gate_f: Any, scale_b: Any, scale_f: Any, shift_b: Any, shift_f: Any,
-    eps: Any, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, gate: tl.tensor, scale: tl.tensor, shift: tl.tensor,
+    stream: tl.tensor, out: tl.tensor,
+    tokens: tl.tensor, gate_frame: tl.tensor, norm_frame: tl.tensor, channels: tl.tensor,
+    gate_b: tl.tensor, gate_f: tl.tensor, scale_b: tl.tensor, scale_f: tl.tensor,
+    shift_b: tl.tensor, shift_f: tl.tensor,
+    eps: tl.tensor, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens

@@ -1,7 +1,8 @@
 """Triton, imported and asked to compile no sooner than the first launch.
 
 A kernel is a plain function at the top of its module under `@kernel`; `tl` in its body is
-`triton.language`, which modules import for type checkers only. Kernels may call each other.
+`triton.language`, which modules import for type checkers only. Kernels may call each other. Triton
+reads annotations, too: every parameter is a `tl.tensor` or a `tl.constexpr`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Kernel:
             if name in plain.__code__.co_names or name.startswith("__")
         }
         # A copy, so that the module's own names stay what type checkers see.
-        bound = FunctionType(plain.__code__, names | _ANNOTATED | {"tl": tl}, plain.__name__)
+        bound = FunctionType(plain.__code__, names | {"tl": tl}, plain.__name__)
         bound.__annotations__ = plain.__annotations__
         bound.__module__, bound.__qualname__ = plain.__module__, plain.__qualname__
         return triton.jit(bound)
@@ -50,9 +51,6 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> Any:
         raise TypeError(f"{self.function.__name__} runs on a device only; use launch")
-
-
-_ANNOTATED = {"Any": Any}
 
 
 def kernel(function: Callable[..., Any]) -> Kernel:

@@ -5,7 +5,7 @@ Shapes: B batch, F frames, T tokens per frame, N = F * T tokens, C width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,10 +47,10 @@ def truth(x_BNC: Tensor, shift_BFC: Tensor, scale_BFC: Tensor, eps: float) -> Te
 
 @kernel
 def layernorm_modulate_kernel(
-    x: Any, shift: Any, scale: Any, out: Any,
-    tokens: Any, per_frame: Any, channels: Any,
-    shift_b: Any, shift_f: Any, scale_b: Any, scale_f: Any,
-    eps: Any, BLOCK: tl.constexpr,
+    x: tl.tensor, shift: tl.tensor, scale: tl.tensor, out: tl.tensor,
+    tokens: tl.tensor, per_frame: tl.tensor, channels: tl.tensor,
+    shift_b: tl.tensor, shift_f: tl.tensor, scale_b: tl.tensor, scale_f: tl.tensor,
+    eps: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens

@@ -5,7 +5,7 @@ Shapes: any, all three the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ def truth(logits: Tensor, old: Tensor, candidate: Tensor) -> Tensor:
 
 @kernel
 def memory_gate_blend_kernel(
-    logits: Any, old: Any, candidate: Any, out: Any, count: Any, BLOCK: tl.constexpr
+    logits: tl.tensor,
+    old: tl.tensor,
+    candidate: tl.tensor,
+    out: tl.tensor,
+    count: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = at < count

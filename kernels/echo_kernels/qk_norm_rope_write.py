@@ -7,7 +7,7 @@ C = H * D width, M tokens presented, P = D / 2 pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -90,10 +90,12 @@ def truth(
 
 @kernel
 def qk_norm_rope_write_kernel(
-    q: Any, k: Any, v: Any, weight_q: Any, weight_k: Any, query_rope: Any, key_rope: Any,
-    out: Any, raw: Any, keys: Any, values: Any,
-    tokens: Any, dropped: Any, channels: Any, pairs: Any, raw_b: Any, keys_b: Any, values_b: Any,
-    eps: Any, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, BLOCK: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, weight_q: tl.tensor, weight_k: tl.tensor,
+    query_rope: tl.tensor, key_rope: tl.tensor,
+    out: tl.tensor, raw: tl.tensor, keys: tl.tensor, values: tl.tensor,
+    tokens: tl.tensor, dropped: tl.tensor, channels: tl.tensor, pairs: tl.tensor,
+    raw_b: tl.tensor, keys_b: tl.tensor, values_b: tl.tensor, eps: tl.tensor,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens

@@ -5,7 +5,7 @@ Shapes: C width; any axes before it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,7 +31,12 @@ def truth(x_C: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 @kernel
 def rms_norm_kernel(
-    x: Any, weight: Any, out: Any, channels: Any, eps: Any, BLOCK: tl.constexpr
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    channels: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64) * channels
     at = tl.arange(0, BLOCK)

@@ -14,7 +14,8 @@ def rotate(x_NHD: Tensor, table_NP: Tensor) -> Tensor:
 
     The table's unit factors are complex128: products and sums are float64, rounded once.
     """
-    pairs = torch.view_as_complex(x_NHD.to(torch.float64).reshape(*x_NHD.shape[:-1], -1, 2))
+    shape = (*x_NHD.shape[:-1], x_NHD.shape[-1] // 2, 2)
+    pairs = torch.view_as_complex(x_NHD.to(torch.float64).reshape(shape))
     turned = torch.view_as_real(pairs * table_NP[:, None]).flatten(-2)
     return turned.to(x_NHD.dtype)
 

@@ -1,0 +1,70 @@
+"""Compile every kernel for an H100, down to machine code; run by a test as a program of its own.
+
+Triton needs no GPU for this, but not its interpreter either. The interpreter runs programs that the
+compiler refuses (whatever numpy can do), so a kernel has to pass both. Prints a line per kernel:
+name, bytes of machine code, fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import echo_kernels
+from echo_kernels import Slots
+from echo_kernels.launch import Kernel
+
+H100 = GPUTarget("cuda", 90, 32)
+POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTERS[torch.uint8] = "*u8"
+
+
+def compile_only(self: Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """What `Kernel.launch` would launch."""
+    names = self.compiled.arg_names
+    signature = dict(zip(names, map(kind_of, arguments), strict=False))
+    signature |= dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(self.compiled, signature, constexprs=values)
+    code = triton.compile(source, target=H100, options={"enable_fp_fusion": False})
+    name, size = self.function.__name__, len(code.asm["cubin"])
+    sys.stdout.write(f"{name} {size} {code.asm['ptx'].count('fma.rn')}\n")
+
+
+def kind_of(argument: Any) -> str:
+    if isinstance(argument, torch.Tensor):
+        return POINTERS[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def compile_all(kind: torch.dtype) -> None:
+    """Every kernel in every variant, at the width of the published model."""
+    heads, size, tokens = 12, 128, 6
+    width = heads * size
+    x = torch.zeros(1, tokens, width, dtype=kind)
+    weight, frames = x[0, 0], x[:, :3]
+    echo_kernels.rms_norm.kernel(x, weight, 1e-6)
+    echo_kernels.layernorm_modulate.kernel(x, frames, frames, 1e-6)
+    for gate in (frames, None):
+        echo_kernels.residual_modulate.kernel(x, x, gate, frames, frames, 1e-6)
+        echo_kernels.residual_layernorm.kernel(x, x, gate, weight, weight, 1e-6)
+    echo_kernels.memory_gate_blend.kernel(x, x, x)
+    echo_kernels.frames_to_uint8.kernel(x.view(1, 3, 6, -1))
+    window = x.view(1, 1, tokens, heads, size)
+    rope = torch.ones(tokens, size // 2, dtype=torch.complex128)
+    slots = Slots(rope, rope, *[window[0]] * 5)
+    for norm in (weight, None):
+        echo_kernels.qk_norm_rope_write.kernel(x, x, x, norm, norm, 1e-6, slots)
+    echo_kernels.chunk_advance.kernel(window, window, window, rope[:4], 2)
+    echo_kernels.chunk_advance.kernel(window, window, window, rope, 0)
+    echo_kernels.place_memory.kernel(window[0], window[0], rope, window, window)
+
+
+if __name__ == "__main__":
+    Kernel.launch = compile_only  # type: ignore[method-assign]
+    compile_all(torch.bfloat16)
