@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError, MemoryShort
@@ -23,6 +24,7 @@ def build_engine(config: ModelSection) -> EchoEngine:
 
     Raises `ConfigError`, `ModelUnknown`, `WeightsError`, and `MemoryShort` before anything is read.
     """
+    _check_kernels()
     device = _device("model.device", config.device)
     text_device = _device("model.text_device", config.text_device or config.device)
     whole = load_preset(config.preset)
@@ -35,6 +37,13 @@ def build_engine(config: ModelSection) -> EchoEngine:
     return EchoEngine(
         preset, modules, device, config.threads, prompts_kept=config.prompts_kept, text=text_device
     )
+
+
+def _check_kernels() -> None:
+    try:
+        check_choice()
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
 
 
 def _device(key: str, name: str) -> torch.device:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from echo_kernels import check_choice
 from echo_ray.preset import Preset
 from echo_ray.weights.modules import Modules
 
@@ -25,7 +26,7 @@ def model_identity(preset: Preset, modules: Modules) -> str:
 def numerics_of(device: torch.device, text: torch.device, threads: int) -> str:
     """Hash of everything that decides how it is rounded."""
     if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device)
+        kind = torch.cuda.get_device_name(device) + (" reference" if check_choice() else "")
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
     all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"

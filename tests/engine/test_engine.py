@@ -13,6 +13,7 @@ from small import small_engine, small_preset
 
 from echo_ray.config import ModelSection
 from echo_ray.engine.build import build_engine, check_room, needed_bytes
+from echo_ray.engine.fingerprint import numerics_of
 from echo_ray.errors import (
     ConfigError,
     InvalidRequestError,
@@ -118,6 +119,25 @@ def test_unknown_preset_and_missing_device() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="cuda is not available"):
             build_engine(ModelSection(device="cuda"))
+
+
+def test_an_unknown_choice_of_kernels_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ECHO_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="ECHO_KERNELS: 'fast' is unknown; set it to reference"):
+        build_engine(ModelSection())
+
+
+def test_forcing_the_truth_is_part_of_a_gpus_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    host, gpu = torch.device("cpu"), torch.device("cuda")
+    found = []
+    for value in ("", "reference"):
+        monkeypatch.setenv("ECHO_KERNELS", value)
+        found.append((numerics_of(gpu, gpu, 1), numerics_of(host, host, 1)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
 
 
 def test_unknown_policies_and_a_window_with_memory_are_refused() -> None:
