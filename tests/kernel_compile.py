@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 import echo_kernels
 from echo_kernels import Slots
-from echo_kernels.launch import Kernel
+from echo_kernels.launch import OPTIONS, Kernel
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -31,7 +31,7 @@ def compile_only(self: Kernel, grid: tuple[int, ...], *arguments: Any, **constan
     signature |= dict.fromkeys(constants, "constexpr")
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(self.compiled, signature, constexprs=values)
-    code = triton.compile(source, target=H100, options={"enable_fp_fusion": False})
+    code = triton.compile(source, target=H100, options=OPTIONS)
     name, size = self.function.__name__, len(code.asm["cubin"])
     sys.stdout.write(f"{name} {size} {code.asm['ptx'].count('fma.rn')}\n")
 

@@ -76,10 +76,16 @@ def normal(seed: int, *shape: int, kind: torch.dtype = torch.float32) -> Tensor:
 
 
 def near(found: Tensor, truth: Tensor, steps: int) -> bool:
-    """Equal but for so many steps of the last place of numbers near 1, or of their own size."""
+    """Equal but for so many steps of the last place of numbers near 1, or of their own size.
+
+    In bfloat16 at most one number in a hundred may differ at all: one float32 rounding seldom tips
+    a coarser one, while a rounding that is left out changes every third number.
+    """
     assert found.dtype == truth.dtype
     assert found.shape == truth.shape
     assert bool(found.isfinite().all())
+    if truth.dtype is torch.bfloat16 and int((found != truth).sum()) > 1 + truth.numel() // 100:
+        return False
     last = torch.finfo(truth.dtype).eps
     wide = truth.double()
     return bool(((found.double() - wide).abs() <= steps * last * wide.abs().clamp(min=1)).all())

@@ -12,8 +12,10 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor
+
+OPTIONS = {"enable_fp_fusion": False}
+"""How kernels are compiled: products and sums stay apart, as the truth rounds both."""
 
 
 class Kernel:
@@ -41,13 +43,9 @@ class Kernel:
         return triton.jit(bound)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """Run one program per place of the grid; an empty grid runs nothing.
-
-        Products and sums stay apart (no fused multiply-add), as the truth rounds both.
-        """
+        """Run one program per place of the grid; an empty grid runs nothing."""
         if all(grid):
-            with torch.no_grad():
-                self.compiled[grid](*arguments, **constants, enable_fp_fusion=False)
+            self.compiled[grid](*arguments, **constants, **OPTIONS)
 
     def __call__(self, *arguments: Any) -> Any:
         raise TypeError(f"{self.function.__name__} runs on a device only; use launch")

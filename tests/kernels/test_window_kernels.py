@@ -27,11 +27,12 @@ def table(seed: int, tokens: int, pairs: int) -> Tensor:
 
 
 def window(seed: int, *shape: int, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Un-rotated keys, rotated keys, values: [Y, B, slots, H, D]; keys and values have memory."""
-    layers, batch, slots, heads, size = shape
-    held = (layers, batch, slots + 2, heads, size)
-    raw = normal(seed, *shape, kind=kind)
-    return raw, normal(seed + 1, *held, kind=kind), normal(seed + 2, *held, kind=kind)
+    """Un-rotated keys, rotated keys, values: [Y, B, slots, H, D], with 0, 2 and 3 slots more."""
+    layers, batch, slots, *tail = shape
+    raw, keys, values = (
+        normal(seed + more, layers, batch, slots + more, *tail, kind=kind) for more in (0, 2, 3)
+    )
+    return raw, keys, values
 
 
 def copies(*tensors: Tensor) -> list[Tensor]:
@@ -94,7 +95,7 @@ def test_chunk_advance(shape: tuple[int, int, int, int, int], gone: int, kind: t
     outcomes = []
     for form in (chunk_advance.kernel, chunk_advance.truth):
         raw, keys, values = copies(*before)
-        form(raw, keys[:, :, 2:], values[:, :, 2:], table(21, held - gone, pairs), gone)
+        form(raw, keys[:, :, 2:], values[:, :, 3:], table(21, held - gone, pairs), gone)
         assert all(guards_hold(t) for t in (raw, keys, values))
         outcomes.append((raw, keys, values))
     for found, true in zip(*outcomes, strict=True):
