@@ -75,8 +75,8 @@ def expect(op: str, name: str, found: Tensor, shape: Sequence[int]) -> None:
 def _wants_kernel(tensors: Sequence[Tensor]) -> bool:
     """Kernels have no backward pass, know nothing of autocast and one kind of float."""
     return (
-        not check_choice()
-        and on_device(tensors)
+        on_device(tensors)
+        and not check_choice()
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and len({t.dtype for t in tensors if not t.is_complex()}) == 1
