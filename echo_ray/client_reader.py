@@ -63,7 +63,8 @@ class Reader:
                 self.next = message.start
             if isinstance(message, wire.ErrorMessage):
                 self.refusal = wire.error_from(json.loads(received))
-        raise ConnectionClosed(socket.protocol.close_rcvd, socket.protocol.close_sent)
+        # A close that is no error ends the loop above; without `Done` the session goes on.
+        raise socket.protocol.close_exc
 
     def _checked(self, metadata: wire.ChunkMetadata | None, data: bytes) -> Segment:
         if metadata is None:

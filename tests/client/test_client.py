@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import subprocess
 import sys
 from typing import Any
@@ -233,6 +234,45 @@ def test_a_server_that_breaks_its_word_is_not_believed(
                 with pytest.raises(MessageError, match=says):
                     async for _ in client.segments("ses_x", start=0):
                         pass
+
+    asyncio.run(test())
+
+
+async def vanish(socket: ServerConnection, how: int | None) -> None:
+    """Go without having said that the session is over: with a close code, or with none."""
+    if how is None:
+        socket.transport.abort()
+    else:
+        await socket.close(how)
+
+
+@pytest.mark.parametrize("how", [1000, 1001, 1011, 1012, None])
+def test_a_server_that_vanishes_is_asked_again_at_the_next_index(how: int | None) -> None:
+    asked: list[str] = []
+
+    async def fickle(socket: ServerConnection) -> None:
+        assert socket.request is not None
+        asked.append(socket.request.path.rpartition("=")[2])
+        if len(asked) < 3:
+            data = bytes([len(asked)])
+            await socket.send(metadata(len(asked) - 1, data, hashlib.sha256(data).hexdigest()))
+            await socket.send(data)
+        await vanish(socket, how)
+
+    seen: list[int] = []
+
+    async def read(client: EchoClient) -> None:
+        async for segment in client.segments("ses_x", start=0):
+            seen.append(segment.index)
+
+    async def test() -> None:
+        async with serve(fickle, "127.0.0.1", 0) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            async with EchoClient(f"http://127.0.0.1:{port}", patience_s=0.0) as client:
+                with pytest.raises(UnavailableError, match="ConnectionClosed"):
+                    await read(client)
+        assert seen == [0, 1]
+        assert asked[:3] == ["0", "1", "2"]
 
     asyncio.run(test())
 
