@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echo_ray.engine.cache import Window
-from echo_ray.model.dit import DiT, PromptKV, TimeCondition
+from echo_ray.model.dit import DiT, Modulations, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.policies.choose import choose_policy
 from echo_ray.model.policies.policy import CallFrames
@@ -65,7 +65,7 @@ class Generator:
         self.history_frames = max(cache.history_frames, kept_latents)
         self.policy = choose_policy(cache)
         self.schedule = Schedule(sampler)
-        self._conditions: dict[tuple[float, int, int], TimeCondition] = {}
+        self._modulations: dict[tuple[float, int, int], Modulations] = {}
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +178,7 @@ class Generator:
         clean = x
         last = len(self.schedule) - 1
         for step, sigma in enumerate(self.schedule.sigmas):
-            flow = self._forward(
+            flow = self._flow(
                 state, x, self.schedule.timesteps[step], first, see_memory=state.has_history
             )
             if step == 0:
@@ -206,21 +206,13 @@ class Generator:
             state.query_BMC, state.has_history = update, True
             self._show_memory(state)
 
-    def _forward(
-        self,
-        state: LatentState,
-        x: Tensor,
-        timestep: float,
-        first: int,
-        *,
-        see_memory: bool,
-        keep_sink: bool = False,
-        prompt: PromptKV | None = None,
+    def _flow(
+        self, state: LatentState, x: Tensor, timestep: float, first: int, *, see_memory: bool
     ) -> Tensor:
+        """What the transformer makes of the chunk at `first`; its keys and values are written."""
         count = x.shape[1]
-        call = state.window.call(first, count, see_memory=see_memory, keep_sink=keep_sink)
-        condition = self._condition(timestep, x.shape[0], count)
-        flow: Tensor = self.dit(x, condition, prompt or state.prompt, call)
+        call = state.window.call(first, count, see_memory=see_memory)
+        flow: Tensor = self.dit(x, self._modulated(timestep, x.shape[0], count), state.prompt, call)
         return flow
 
     def _context_pass(
@@ -230,12 +222,14 @@ class Generator:
         first: int,
         *,
         see_memory: bool,
+        keep_sink: bool = False,
         prompt: PromptKV | None = None,
     ) -> None:
-        """Leave the clean keys and values behind; the flow is thrown away, no noise is added."""
-        self._forward(
-            state, latents, self.schedule.context_noise, first, see_memory=see_memory, prompt=prompt
-        )
+        """Leave the clean keys and values behind; there is no flow, and no noise is added."""
+        count = latents.shape[1]
+        call = state.window.call(first, count, see_memory=see_memory, keep_sink=keep_sink)
+        modulations = self._modulated(self.schedule.context_noise, latents.shape[0], count)
+        self.dit.remember(latents, modulations, prompt or state.prompt, call)
 
     def _recache(self, state: LatentState, end: int) -> None:
         """One unmasked forward over the held frames under the new prompt."""
@@ -251,10 +245,7 @@ class Generator:
         # A protected sink's frames would be queries whose keys are nowhere: leave them out.
         first = start + self.cache.sink_frames if keep_sink else start
         latents = self._history(state, first, end)
-        self._forward(
-            state, latents, self.schedule.context_noise, first,
-            see_memory=see_memory, keep_sink=keep_sink,
-        )  # fmt: skip
+        self._context_pass(state, latents, first, see_memory=see_memory, keep_sink=keep_sink)
         if sink is not None:
             state.window.put_sink(sink)
 
@@ -305,9 +296,10 @@ class Generator:
         offset = start - state.sink_first
         return torch.cat([state.sink_BFCHW[:, offset : offset + missing], inside], dim=1)
 
-    def _condition(self, timestep: float, batch: int, frames: int) -> TimeCondition:
+    def _modulated(self, timestep: float, batch: int, frames: int) -> Modulations:
+        """Computed once: a sampler has few timesteps, and calls have few lengths."""
         key = (timestep, batch, frames)
-        if key not in self._conditions:
+        if key not in self._modulations:
             t_BF = torch.full((batch, frames), timestep, dtype=torch.float64, device=self.device)
-            self._conditions[key] = self.dit.condition(t_BF)
-        return self._conditions[key]
+            self._modulations[key] = self.dit.modulations(self.dit.condition(t_BF))
+        return self._modulations[key]

@@ -153,7 +153,7 @@ def dit_forward(manifest: Manifest, tensors: Tensors, weights: Tensors) -> Tenso
     window.advance(0, frames)
     call = window.call(0, frames, see_memory=False)
     prompt = dit.encode_prompt(tensors["in.prompt_embeds"])
-    flow = dit(x, dit.condition(t), prompt, call)
+    flow = dit(x, dit.modulations(dit.condition(t)), prompt, call)
     shift = float(manifest.get("timestep_shift", 5.0))
     sigma = torch.tensor([[sampling.sigma_at(float(v), shift) for v in row] for row in t])
     clean = x.double() - sigma.double()[..., None, None, None] * flow.double()

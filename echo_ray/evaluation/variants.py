@@ -15,7 +15,7 @@ from torch import Tensor
 from echo_kernels import Slots
 from echo_ray.errors import ConfigError
 from echo_ray.model.attention import KVCall
-from echo_ray.model.dit import DiT, PromptKV, TimeCondition
+from echo_ray.model.dit import DiT, Modulations, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.state_dict import load_strict
 from echo_ray.preset import Preset
@@ -61,9 +61,17 @@ class SinklessDiT(DiT):
     sink_tokens = 0
 
     def forward(
-        self, x_BFCHW: Tensor, time: TimeCondition, prompt: PromptKV, call: KVCall
+        self, x_BFCHW: Tensor, modulations: Modulations, prompt: PromptKV, call: KVCall
     ) -> Tensor:
-        return super().forward(x_BFCHW, time, prompt, SinklessCall(call, self.sink_tokens))
+        return super().forward(x_BFCHW, modulations, prompt, self._without_sink(call))
+
+    def remember(
+        self, x_BFCHW: Tensor, modulations: Modulations, prompt: PromptKV, call: KVCall
+    ) -> None:
+        super().remember(x_BFCHW, modulations, prompt, self._without_sink(call))
+
+    def _without_sink(self, call: KVCall) -> SinklessCall:
+        return SinklessCall(call, self.sink_tokens)
 
 
 def apply(preset: Preset, modules: Modules, variant: Variant) -> tuple[Preset, Modules]:

@@ -91,6 +91,14 @@ class SelfAttention(QKV):
         out: Tensor = self.o(attention(q_BNHD, slots.seen_keys_BMHD, slots.seen_values_BMHD))
         return out
 
+    def write(self, x_BNC: Tensor, call: KVCall, layer: int) -> None:
+        """Leave keys and values behind as `forward` does, attending to nothing."""
+        k_BNC = self.k(x_BNC)
+        # The op turns queries too: the keys stand in for them, and what comes of that is dropped.
+        qk_norm_rope_write(
+            k_BNC, k_BNC, self.v(x_BNC), None, weight_of(self.norm_k), self.eps, call.slots(layer)
+        )
+
 
 class CrossAttention(QKV):
     """Attention over a prompt's keys and values, computed once per prompt; no rope, no mask."""

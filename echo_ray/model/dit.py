@@ -1,7 +1,7 @@
 """The causal Wan2.1 diffusion transformer (spec section 3). One class for every cache policy.
 
 Shapes: B batch, F frames, T tokens per frame, N = F * T tokens, C width, H W latent size, P text
-tokens. Module names are those of the published checkpoint (spec section 2.2).
+tokens, V modulation vectors. Module names are those of the published checkpoint (spec section 2.2).
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from echo_kernels.gated_residual_norm import residual
 from echo_ray.model.attention import CrossAttention, KVCall, SelfAttention
 from echo_ray.preset import DiTShape
 
+Modulation = tuple[Tensor, ...]
+"""Shift, scale and gate of self-attention, then of the feed-forward, each [B, F, C]."""
+
 
 @dataclass(frozen=True, slots=True)
 class TimeCondition:
@@ -26,14 +29,29 @@ class TimeCondition:
 
 
 @dataclass(frozen=True, slots=True)
+class Modulations:
+    """What a timestep makes of every block and of the head, one tensor so that one copy moves it.
+
+    Six vectors a block (shift, scale, gate of self-attention, then of the feed-forward), and shift
+    and scale of the head.
+    """
+
+    table_VBFC: Tensor
+
+    def block(self, layer: int) -> Modulation:
+        return self.table_VBFC[6 * layer : 6 * layer + 6].unbind(0)
+
+    def following(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Shift and scale of what comes after a block: the next one's first, or the head's."""
+        shift, scale = self.table_VBFC[6 * layer + 6 : 6 * layer + 8].unbind(0)
+        return shift, scale
+
+
+@dataclass(frozen=True, slots=True)
 class PromptKV:
     """Cross-attention keys and values of one prompt, a pair [B, P, heads, head size] per layer."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
-
-
-Modulation = tuple[Tensor, ...]
-"""What `Block.modulated` returns."""
 
 
 class Block(nn.Module):
@@ -71,7 +89,6 @@ class Block(nn.Module):
         return residual_modulate(x_BNC, self.ffn(h_BNC), gate2, *following, self.eps)
 
     def modulated(self, e0_BF6C: Tensor) -> Modulation:
-        """Shift, scale and gate of self-attention, then of the feed-forward, each [B, F, C]."""
         return (self.modulation + e0_BF6C).unbind(2)
 
     def _into_cross(self, x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,24 +161,42 @@ class DiT(nn.Module):
             tuple(block.cross_attn.keys_values(context_BPC) for block in self._blocks())
         )
 
+    def modulations(self, time: TimeCondition) -> Modulations:
+        """What the blocks and the head make of a timestep; the same for every chunk."""
+        vectors = [v for block in self._blocks() for v in block.modulated(time.e0_BF6C)]
+        return Modulations(torch.stack([*vectors, *self.head.modulated(time.e_BFC)]))
+
     def forward(
-        self, x_BFCHW: Tensor, time: TimeCondition, prompt: PromptKV, call: KVCall
+        self, x_BFCHW: Tensor, modulations: Modulations, prompt: PromptKV, call: KVCall
     ) -> Tensor:
         """Flow of the same layout as the input."""
-        frames = x_BFCHW.shape[1]
-        x_BNC = self.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
-        blocks = self._blocks()
-        modulations = [block.modulated(time.e0_BF6C) for block in blocks]
-        following = [(shift, scale) for shift, scale, *_ in modulations[1:]]
-        following.append(self.head.modulated(time.e_BFC))
-        shift, scale, *_ = modulations[0]
-        h_BNC = layernorm_modulate(x_BNC, shift, scale, self.shape.eps)
-        for layer, block in enumerate(blocks):
+        x_BNC, h_BNC = self._patches(x_BFCHW, modulations)
+        for layer, block in enumerate(self._blocks()):
             x_BNC, h_BNC = block(
-                x_BNC, h_BNC, modulations[layer], following[layer],
+                x_BNC, h_BNC, modulations.block(layer), modulations.following(layer),
                 prompt.layers[layer], call, layer,
             )  # fmt: skip
-        return self._unpatchify(self.head.head(h_BNC), frames)
+        return self._unpatchify(self.head.head(h_BNC), x_BFCHW.shape[1])
+
+    def remember(
+        self, x_BFCHW: Tensor, modulations: Modulations, prompt: PromptKV, call: KVCall
+    ) -> None:
+        """Leave the keys and values of a forward behind, and compute nothing that only its flow
+        needs: of the last block that is all but two projections."""
+        x_BNC, h_BNC = self._patches(x_BFCHW, modulations)
+        *before, last = self._blocks()
+        for layer, block in enumerate(before):
+            x_BNC, h_BNC = block(
+                x_BNC, h_BNC, modulations.block(layer), modulations.following(layer),
+                prompt.layers[layer], call, layer,
+            )  # fmt: skip
+        last.self_attn.write(h_BNC, call, len(before))
+
+    def _patches(self, x_BFCHW: Tensor, modulations: Modulations) -> tuple[Tensor, Tensor]:
+        """The stream before the first block, and that block's norm of it."""
+        x_BNC = self.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
+        shift, scale, *_ = modulations.block(0)
+        return x_BNC, layernorm_modulate(x_BNC, shift, scale, self.shape.eps)
 
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]

@@ -80,7 +80,43 @@ def test_a_forward_copies_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
         generator.generate(state, noise)
     assert inside["addmm"] > 20
     # The patch of the output is the one thing that is laid out anew.
-    assert {n: inside[n] for n in WINDOW_COPIES if inside[n]} in ({}, {"clone": 3})
+    assert {n: inside[n] for n in WINDOW_COPIES if inside[n]} in ({}, {"clone": 2})
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 8])
+def test_a_context_pass_ends_at_the_last_layer_s_keys_and_values(chunk: int) -> None:
+    generator, state, noise = generator_at(chunk)
+    with torch.no_grad():
+        clean = generator.denoise(state, noise)
+        with OpCounter() as denoising:
+            generator._flow(state, clean, 1000.0, 3 * chunk, see_memory=state.has_history)
+        with OpCounter() as context:
+            generator._context_pass(state, clean, 3 * chunk, see_memory=state.has_history)
+    products = [ops.counts["addmm"] for ops in (denoising, context)]
+    attentions = [
+        sum(n for name, n in ops.counts.items() if "dot_product" in name)
+        for ops in (denoising, context)
+    ]
+    # A block: q, k, v, o twice without cross attention's k and v, and two of the feed-forward.
+    blocks = len(generator.dit.blocks)
+    assert products == [8 * blocks + 1, 8 * (blocks - 1) + 2]
+    assert attentions == [2 * blocks, 2 * (blocks - 1)]
+
+
+def test_a_cut_context_pass_leaves_the_bits_of_a_whole_one() -> None:
+    kept = []
+    for cut in (True, False):
+        generator, state, noise = generator_at(8)
+        with torch.no_grad():
+            clean = generator.denoise(state, noise)
+            if cut:
+                generator._context_pass(state, clean, 24, see_memory=True)
+            else:
+                generator._flow(state, clean, 0.0, 24, see_memory=True)
+        window = state.window
+        kept.append((window._raw_YBNHD, window._keys_YBNHD, window._values_YBNHD))
+    for part, whole in zip(*kept, strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_keys_and_values_are_views_of_the_same_slots_for_ever() -> None:
@@ -102,7 +138,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     calls: Counter[str] = Counter()
     for kind, name in (
         (MemoryEncoder, "update"), (MemoryEncoder, "read_out"), (DiT, "encode_prompt"),
-        (DiT, "forward"),
+        (DiT, "forward"), (DiT, "remember"), (DiT, "modulations"),
     ):  # fmt: skip
         original = getattr(kind, name)
 
@@ -125,8 +161,11 @@ def test_memory_once_an_update_and_prompts_once_a_switch(monkeypatch: pytest.Mon
         for _ in range(3):
             engine.step(state)
     # Two denoising steps and the context pass; one eviction each.
-    assert calls == {"forward": 9, "update": 3, "read_out": 3}
+    assert calls == {"forward": 6, "remember": 3, "update": 3, "read_out": 3}
     calls.clear()
     engine.step(state, ["a blue square"])
-    # The recache is one more forward, and rebuilds the memory once.
-    assert calls == {"forward": 4, "update": 2, "read_out": 2, "encode_prompt": 1}
+    # The recache is one more context pass, of another length, and rebuilds the memory once.
+    assert calls == {
+        "forward": 2, "remember": 2, "modulations": 1, "update": 2, "read_out": 2,
+        "encode_prompt": 1,
+    }  # fmt: skip

@@ -34,7 +34,7 @@ def test_a_whole_clip_is_one_pass_of_the_transformer_that_serves() -> None:
         found = whole_clip_flow(model, x, sigma, ids.expand(-1, 4, -1))
         time = model.dit.condition((1000 * sigma)[:, None].expand(-1, 12))
         prompt = model.dit.encode_prompt(model.text(ids[:, 0]))
-        expected = model.dit(x, time, prompt, WholeClip(12, batch=2))
+        expected = model.dit(x, model.dit.modulations(time), prompt, WholeClip(12, batch=2))
     assert torch.allclose(found, expected, atol=1e-5)
 
 
