@@ -88,6 +88,7 @@ def test_a_context_pass_ends_at_the_last_layer_s_keys_and_values(chunk: int) -> 
     generator, state, noise = generator_at(chunk)
     with torch.no_grad():
         clean = generator.denoise(state, noise)
+        generator._context_pass(state, clean, 3 * chunk, see_memory=state.has_history)
         with OpCounter() as denoising:
             generator._flow(state, clean, 1000.0, 3 * chunk, see_memory=state.has_history)
         with OpCounter() as context:
