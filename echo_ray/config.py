@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from echo_ray.config_access import AccessSection
+from echo_ray.config_model import ModelSection as ModelSection
 from echo_ray.config_rules import require as require
 from echo_ray.config_telemetry import TelemetrySection
 from echo_ray.errors import ConfigError
@@ -29,36 +30,6 @@ _EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
 """Numbers that YAML 1.1 reads as texts unless they have both a point and a signed exponent."""
 
 _REDIS_URL = re.compile(r"rediss?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[0-9]*)?")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
-    """Which model runs, and on what."""
-
-    preset: str = "echo-tiny"
-    device: str = "cpu"
-    threads: int = 1
-    """CPU threads of the engine. More than one changes bits, so it is part of the fingerprint."""
-    weights: str | None = None
-    """Folder that `echo-ray weights convert` wrote; None: the weights inside the preset."""
-    vae: str | None = None
-    """`wan` or `tiny` for presets that have both; None: the preset's own codec."""
-    text_device: str | None = None
-    """Where prompts are encoded, if not on `device`."""
-    keep_text_encoder: bool = True
-    """False: load it for every new prompt and let go of it after, when memory is short."""
-    prompts_kept: int = 64
-    """Encoded prompts held for the next session or switch that asks for the same one."""
-
-    def __post_init__(self) -> None:
-        require(bool(self.preset), "model.preset", self.preset, "name a preset")
-        require(self.device in ("cpu", "cuda"), "model.device", self.device, "cpu or cuda")
-        require(1 <= self.threads <= 256, "model.threads", self.threads, "1 to 256")
-        known = self.text_device in (None, "cpu", "cuda")
-        require(known, "model.text_device", self.text_device, "cpu or cuda")
-        require(
-            1 <= self.prompts_kept <= 4096, "model.prompts_kept", self.prompts_kept, "1 to 4096"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,10 @@
 
     EchoError                  internal               500  1011
     ├── ConfigError            config_invalid         400  1008   a key, a value or a file of ours
-    │   └── MemoryShort        memory_short           400  1008   the model does not fit
+    │   ├── MemoryShort        memory_short           400  1008   the model does not fit
+    │   ├── DeviceMissing      device_missing         400  1008   no CUDA device
+    │   ├── DeviceTooOld       device_too_old         400  1008   for what is asked of it
+    │   └── BackendMissing     backend_missing        400  1008   a library for this device
     ├── InvalidRequestError    invalid_request        400  1008   a field of a request
     │   ├── PromptError        prompt_invalid         400  1008
     │   ├── MessageError       message_invalid        400  1008   a socket message
@@ -291,6 +294,18 @@ class ArchiveTooLarge(ArchiveError):
 
 class MemoryShort(ConfigError):
     code = "memory_short"
+
+
+class DeviceMissing(ConfigError):
+    code = "device_missing"
+
+
+class DeviceTooOld(ConfigError):
+    code = "device_too_old"
+
+
+class BackendMissing(ConfigError):
+    code = "backend_missing"
 
 
 class WeightsError(EchoError):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import torch
 
 from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
-from echo_ray.errors import ConfigError, MemoryShort
+from echo_ray.errors import ConfigError, DeviceMissing, MemoryShort
+from echo_ray.model.backends import Attention, Machine, choose
 from echo_ray.model.codec import Codec
+from echo_ray.model.computing import use
 from echo_ray.preset import Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
-from echo_ray.weights.modules import TextPlace, load_modules
+from echo_ray.weights.modules import Modules, TextPlace, load_modules
 from echo_ray.weights.parts import DTYPES, build_parts, codec_part
 
 GIB = 2**30
@@ -22,21 +26,34 @@ GIB = 2**30
 def build_engine(config: ModelSection) -> EchoEngine:
     """Load what `config` names onto its device.
 
-    Raises `ConfigError`, `ModelUnknown`, `WeightsError`, and `MemoryShort` before anything is read.
+    Raises `WeightsError`, and before anything is read `ConfigError` (`DeviceMissing`,
+    `DeviceTooOld`, `BackendMissing`, `MemoryShort`) and `ModelUnknown`.
     """
     _check_kernels()
     device = _device("model.device", config.device)
     text_device = _device("model.text_device", config.text_device or config.device)
     whole = load_preset(config.preset)
     preset = with_codec(whole, config.vae)
+    attention = attention_of(config, preset, device)
     folder = WeightsFolder.open(weights_folder(config))
     folder.check(whole)
     check_room(preset, device, text_device)
     text = TextPlace(device=text_device, keep=config.keep_text_encoder)
-    modules = load_modules(preset, folder, device, text)
+    modules = computing(load_modules(preset, folder, device, text), attention)
     return EchoEngine(
         preset, modules, device, config.threads, prompts_kept=config.prompts_kept, text=text_device
     )
+
+
+def attention_of(config: ModelSection, preset: Preset, device: torch.device) -> Attention:
+    """See `echo_ray.model.backends.choose`."""
+    machine, dtype = Machine.of(device), DTYPES[preset.dtype]
+    return choose(config.attention, machine, dtype, preset.dit.head_dim)
+
+
+def computing(modules: Modules, attention: Attention) -> Modules:
+    """The modules, made to compute so; nothing else may use them."""
+    return replace(modules, computing=use(modules.dit, modules.memory, attention))
 
 
 def _check_kernels() -> None:
@@ -48,7 +65,11 @@ def _check_kernels() -> None:
 
 def _device(key: str, name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"{key}: cuda is not available on this machine; use cpu", param=key)
+        raise DeviceMissing(
+            f"{key}: cuda is not available on this machine: PyTorch {torch.__version__} sees "
+            "0 CUDA devices and needs 1; use cpu, or a machine and a build of PyTorch with CUDA",
+            param=key,
+        )
     return torch.device(name)
 
 

@@ -76,7 +76,7 @@ class EchoEngine:
             modules.dit, modules.memory, preset.cache, preset.sampler, modules.codec.rebuild_latents
         )
         self._prompts = PromptBook(modules.text, prompts_kept)
-        numerics = numerics_of(device, text or device, threads)
+        numerics = numerics_of(device, text or device, threads, modules.computing)
         self._fingerprint = f"{model_identity(preset, modules)}/{numerics}"
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from echo_kernels import check_choice
+from echo_ray.model.computing import Computing
 from echo_ray.preset import Preset
 from echo_ray.weights.modules import Modules
 
@@ -23,11 +24,14 @@ def model_identity(preset: Preset, modules: Modules) -> str:
     return f"{preset.name}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def numerics_of(device: torch.device, text: torch.device, threads: int) -> str:
+def numerics_of(
+    device: torch.device, text: torch.device, threads: int, computing: Computing
+) -> str:
     """Hash of everything that decides how it is rounded."""
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device) + (" reference" if check_choice() else "")
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
     all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"
+    all_of_it += f"|{computing}" if str(computing) else ""
     return hashlib.sha256(all_of_it.encode()).hexdigest()[:12]

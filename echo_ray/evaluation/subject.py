@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from echo_ray.config import ModelSection
-from echo_ray.engine.build import build_engine
+from echo_ray.engine.build import attention_of, build_engine, computing
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError
 from echo_ray.evaluation.variants import Variant, apply
@@ -96,9 +96,11 @@ class ServedSubject:
         folder = WeightsFolder.open(weights_folder(self.config))
         device = torch.device(self.config.device)
         place = TextPlace(device=torch.device(self.config.text_device or self.config.device))
+        attention = attention_of(self.config, self.preset, device)
         modules = load_modules(self.preset, folder, device, place)
-        changed = ModulesSubject(self.preset, modules, device, self.config.threads)
-        return changed.engine(variant, point_every)
+        preset, modules = apply(self.preset, modules, variant)
+        changed = ModulesSubject(preset, computing(modules, attention), device, self.config.threads)
+        return changed.engine(point_every=point_every)
 
 
 def _with_points(cache: CacheShape, point_every: int | None) -> CacheShape:

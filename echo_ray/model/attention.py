@@ -5,6 +5,7 @@ Shapes: B batch, N query tokens, M key tokens, H heads, D head size, C = H * D w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from echo_kernels import Slots, qk_norm_rope_write, rms_norm
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What computes attention: q [B, N, H, D], k and v [B, M, H, D] to [B, N, C]."""
 
 
 class KVCall(Protocol):
@@ -62,6 +66,7 @@ class QKV(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.eps = eps
+        self.attend: Attend = attention
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -88,7 +93,7 @@ class SelfAttention(QKV):
             self.q(x_BNC), self.k(x_BNC), self.v(x_BNC),
             weight_of(self.norm_q), weight_of(self.norm_k), self.eps, slots,
         )  # fmt: skip
-        out: Tensor = self.o(attention(q_BNHD, slots.seen_keys_BMHD, slots.seen_values_BMHD))
+        out: Tensor = self.o(self.attend(q_BNHD, slots.seen_keys_BMHD, slots.seen_values_BMHD))
         return out
 
     def write(self, x_BNC: Tensor, call: KVCall, layer: int) -> None:
@@ -104,5 +109,5 @@ class CrossAttention(QKV):
     """Attention over a prompt's keys and values, computed once per prompt; no rope, no mask."""
 
     def forward(self, x_BNC: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
-        out: Tensor = self.o(attention(self.queries(x_BNC), k_BMHD, v_BMHD))
+        out: Tensor = self.o(self.attend(self.queries(x_BNC), k_BMHD, v_BMHD))
         return out

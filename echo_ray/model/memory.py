@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from echo_kernels import memory_gate_blend
-from echo_ray.model.attention import RMSNorm, attention, split_heads
+from echo_ray.model.attention import Attend, RMSNorm, attention, split_heads
 from echo_ray.preset import DiTShape, MemoryShape
 
 
@@ -20,6 +20,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attend: Attend = attention
         self.norm1 = RMSNorm(dim, eps)
         self.q = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
@@ -29,7 +30,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, z_BMC: Tensor, k_BEHD: Tensor, v_BEHD: Tensor) -> Tensor:
         q_BMC = self.norm_q(self.q(self.norm1(z_BMC)))
-        read = attention(split_heads(q_BMC, self.num_heads), k_BEHD, v_BEHD)
+        read = self.attend(split_heads(q_BMC, self.num_heads), k_BEHD, v_BEHD)
         z_BMC = z_BMC + self.o(read)
         out: Tensor = z_BMC + self.ffn(self.norm2(z_BMC))
         return out

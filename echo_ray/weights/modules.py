@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.model.codec import Codec
+from echo_ray.model.computing import Computing
 from echo_ray.model.dit import DiT
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.state_dict import load_strict
@@ -30,6 +31,7 @@ class Modules:
     text: TextEncoder
     codec: Codec
     digest: str
+    computing: Computing = field(default_factory=Computing)
 
     def named(self) -> dict[str, nn.Module]:
         """Those that are modules, by the part of the weights they hold."""

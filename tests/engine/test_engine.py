@@ -16,12 +16,14 @@ from echo_ray.engine.build import build_engine, check_room, needed_bytes
 from echo_ray.engine.fingerprint import numerics_of
 from echo_ray.errors import (
     ConfigError,
+    DeviceMissing,
     InvalidRequestError,
     MemoryShort,
     ModelUnknown,
     PromptError,
     WeightsError,
 )
+from echo_ray.model.computing import Computing
 from echo_ray.model.policies.choose import choose_policy
 from echo_ray.preset import CacheShape, MemoryShape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
@@ -117,7 +119,7 @@ def test_unknown_preset_and_missing_device() -> None:
     with pytest.raises(ModelUnknown, match="echo-tiny"):
         build_engine(ModelSection(preset="echo-huge"))
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="cuda is not available"):
+        with pytest.raises(DeviceMissing, match=r"model\.device: cuda .* sees 0 .* needs 1; use"):
             build_engine(ModelSection(device="cuda"))
 
 
@@ -135,7 +137,7 @@ def test_forcing_the_truth_is_part_of_a_gpus_numerics(monkeypatch: pytest.Monkey
     found = []
     for value in ("", "reference"):
         monkeypatch.setenv("ECHO_KERNELS", value)
-        found.append((numerics_of(gpu, gpu, 1), numerics_of(host, host, 1)))
+        found.append([numerics_of(d, d, 1, Computing()) for d in (gpu, host)])
     assert found[0][0] != found[1][0]
     assert found[0][1] == found[1][1]
 
