@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from echo_ray.errors import EngineError, InvalidRequestError, PromptError, SnapshotForeign
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_words
@@ -46,7 +46,9 @@ class FakeState:
         self.hidden = hidden
         self.prompt = prompt
         self.next_index = next_index
+        self.name = prompt
         self.broken = False
+        self.stepping = False
         self._point_every = point_every
 
     @property
@@ -54,11 +56,30 @@ class FakeState:
         return self._point_every > 0 and self.next_index % self._point_every == 0
 
 
+class FakeStep:
+    """Slices of which the last one does it all."""
+
+    def __init__(self, engine: FakeEngine, state: FakeState, prompts: Sequence[str]) -> None:
+        self._engine, self._state, self._prompts = engine, state, prompts
+        self._left = engine.slices
+
+    def advance(self) -> Chunk | None:
+        if not self._left:
+            raise EngineError("the step is over")
+        self._left -= 1
+        self._engine.advanced.append(self._state.name)
+        if self._left:
+            return None
+        self._state.stepping = False
+        return self._engine.step(self._state, self._prompts)
+
+
 class FakeEngine:
     """An engine without a model: 8 x 8 frames that follow from clip, seed, prompts and every step.
 
     It does not know the words in `UNKNOWN`.
-    `delay_s` is slept in each step. `failing` holds chunk indices whose next step fails, once each.
+    `delay_s` is slept in each step, which has so many `slices`. `failing` holds chunk indices whose
+    next step fails, once each.
     `fingerprint` changes the bits, as another kind of device would.
     """
 
@@ -69,6 +90,7 @@ class FakeEngine:
         fps: int = 16,
         frames_per_chunk: int = 4,
         delay_s: float = 0.0,
+        slices: int = 3,
         fingerprint: str = "fake",
         refuses: str = "refused",
     ) -> None:
@@ -83,8 +105,11 @@ class FakeEngine:
         )
         self.fingerprint = fingerprint
         self.delay_s = delay_s
+        self.slices = slices
         self.refuses = refuses
         self.failing: list[int] = []
+        self.advanced: list[str] = []
+        """For every slice, the prompt that its session was opened with."""
         self.stepped: list[int] = []
         self.stepped_at_s: list[float] = []
         self.loaded: list[int] = []
@@ -103,6 +128,12 @@ class FakeEngine:
         self.opened_with.append(count)
         hidden = _hash(b"open", prompt, seed, hashlib.sha256(first_frames).digest())
         return FakeState(hidden, prompt, 0, self.shape.point_every)
+
+    def begin(self, state: FakeState, prompts: Sequence[str] = ()) -> FakeStep:
+        if state.stepping:
+            raise EngineError("the state is in the middle of a step")
+        state.stepping = True
+        return FakeStep(self, state, prompts)
 
     def step(self, state: FakeState, prompts: Sequence[str] = ()) -> Chunk:
         if not self.may_step.wait(30) or state.broken:
@@ -141,14 +172,15 @@ class FakeEngine:
             stage_seconds={"denoise": self.delay_s, "decode": 0.0},
         )
 
-    def save(self, state: FakeState) -> Snapshot:
-        if not state.at_point or state.broken:
+    def saving(self, state: FakeState) -> Callable[[], Snapshot]:
+        if not state.at_point or state.broken or state.stepping:
             raise EngineError(f"chunk {state.next_index} is no point")
-        return Snapshot(
-            self.fingerprint,
-            {"prompt": state.prompt, "next_index": state.next_index},
-            {"hidden": Buffer("uint8", (32,), state.hidden)},
-        )
+        header = {"prompt": state.prompt, "next_index": state.next_index}
+        hidden = {"hidden": Buffer("uint8", (32,), state.hidden)}
+        return lambda: Snapshot(self.fingerprint, header, hidden)
+
+    def save(self, state: FakeState) -> Snapshot:
+        return self.saving(state)()
 
     def state_bytes(self, state: FakeState) -> int:
         return len(state.hidden)

@@ -8,10 +8,8 @@ Shapes: B batch (1 here), F latent frames, C H W latent, N pixel frames.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,9 +20,12 @@ from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, re
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
 from echo_ray.engine.generator import Generator, LatentState
+from echo_ray.engine.lanes import Mark, lanes_of
 from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
+from echo_ray.engine.slices import Slices
 from echo_ray.engine.state import CompactState, Prompt, SessionState, pack, unpack
+from echo_ray.engine.step import EngineStep, Stages
 from echo_ray.errors import (
     EngineError,
     InvalidRequestError,
@@ -38,19 +39,6 @@ from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_wor
 from echo_ray.session.engine_port import StreamShape, stream_shape
 from echo_ray.session.snapshot import Snapshot
 from echo_ray.weights.modules import Modules
-
-
-@dataclass(slots=True)
-class Stages:
-    """Wall seconds of one step, by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class EchoEngine:
@@ -71,6 +59,7 @@ class EchoEngine:
         self._modules = modules
         self._device = device
         self._threads = threads
+        self._lanes = lanes_of(device)
         self._shape = stream_shape(preset)
         self._generator = Generator(
             modules.dit, modules.memory, preset.cache, preset.sampler, modules.codec.rebuild_latents
@@ -103,24 +92,41 @@ class EchoEngine:
             given = self._encoded(first_frames)
         return self._state(written, written, seed, latent, given, DriftState())
 
+    def begin(self, state: SessionState, prompts: Sequence[str] = ()) -> EngineStep:
+        """Begin to generate the next chunk, a forward or the decoding a slice; see `Engine.begin`.
+
+        Raises `EngineError` for a state in the middle of a step.
+        """
+        self._check_whole(state)
+        state.whole = False
+        what = f"chunk {state.next_index} on {self._device}"
+        return EngineStep(self._slices(state, tuple(prompts)), self._slicing, what)
+
     def step(self, state: SessionState, prompts: Sequence[str] = ()) -> Chunk:
         """Generate the next chunk; see `Engine.step`."""
-        stages = Stages()
-        index = state.next_index
-        try:
-            with self._running():
-                if prompts:
-                    self._switch(state, prompts[-1], stages)
-                query = state.latent.query_BMC
-                latents = self._next_latents(state, stages)
-                with stages.timed("decode"):
-                    frames, numbers = self._decode(state, latents, query)
-                with stages.timed("drift"):
-                    drift = self._drift(state, frames, numbers, restart=bool(prompts))
-        except RuntimeError as e:
-            raise EngineError(f"chunk {index} failed on {self._device}: {e}") from e
+        step = self.begin(state, prompts)
+        while (chunk := step.advance()) is None:
+            pass
+        return chunk
+
+    def _slices(self, state: SessionState, prompts: tuple[str, ...]) -> Slices[Chunk]:
+        stages, index = Stages(self._lanes, state.spans), state.next_index
+        if prompts:
+            yield from self._switching(state, prompts[-1], stages)
+            yield
+        query = state.latent.query_BMC
+        latents = yield from self._next_latents(state, stages)
+        # Marked in the slice that made the latents, before anybody else's can come behind them.
+        clean = self._lanes.mark()
+        yield
+        yield from stages.each("context", self._generator.absorbing(state.latent, latents))
+        yield
+        frames, numbers = self._decode(state, latents, query, clean, stages)
+        with stages.on_host("drift"):
+            drift = self._drift(state, frames, numbers, restart=bool(prompts))
         data = frames.tobytes()
         count, height, width, _ = frames.shape
+        state.whole = True
         return Chunk(
             index=index,
             frames=data,
@@ -131,17 +137,33 @@ class EchoEngine:
             drift=drift,
             prompt=state.prompt.text,
             ignored_words=named_words(self.understood(state.prompt.text)[1]),
-            stage_seconds=stages.seconds,
+            stage_seconds=stages.told(),
         )
 
-    def save(self, state: SessionState) -> Snapshot:
-        """The state at a point, as a value. Raises `EngineError` elsewhere."""
+    def saving(self, state: SessionState) -> Callable[[], Snapshot]:
+        """Start to save the state at a point; see `Engine.saving`.
+
+        Raises `EngineError` elsewhere, and in the middle of a step.
+        """
+        self._check_whole(state)
         if not state.at_point:
             every = self._preset.cache.point_every
             raise EngineError(
                 f"chunk {state.next_index} is not a point; points are multiples of {every}"
             )
-        return pack(state, self._fingerprint)
+        return pack(state, self._fingerprint, self._lanes)
+
+    def save(self, state: SessionState) -> Snapshot:
+        """The state at a point, as a value; refuses as `saving`."""
+        return self.saving(state)()
+
+    @staticmethod
+    def _check_whole(state: SessionState) -> None:
+        if not state.whole:
+            raise EngineError(
+                f"the state is in the middle of a step, near chunk {state.next_index}; "
+                "finish the step, or load the state again"
+            )
 
     def load(self, snapshot: Snapshot) -> SessionState:
         """Rebuild a state from its compact form. Raises `SnapshotError` if a part does not fit."""
@@ -251,24 +273,23 @@ class EchoEngine:
         every = self._preset.cache.point_every
         return SessionState(seed, prompt, sink_prompt, given, latent, decoder, drift, every)
 
-    def _next_latents(self, state: SessionState, stages: Stages) -> Tensor:
+    def _next_latents(self, state: SessionState, stages: Stages) -> Slices[Tensor]:
         """The next chunk's clean latents: given ones while there are any, else denoised."""
         count = self._preset.cache.frames_per_chunk
         if state.given_BGChw.shape[1]:
             latents = state.given_BGChw[:, :count]
             state.given_BGChw = state.given_BGChw[:, count:]
             with stages.timed("context"):
-                self._generator.adopt(state.latent, latents)
+                self._generator.make_room(state.latent)
             return latents
-        with stages.timed("denoise"):
-            latents = self._generator.denoise(state.latent, self._noise(state.seed))
-        with stages.timed("context"):
-            self._generator.absorb(state.latent, latents)
-        return latents
+        denoising = self._generator.denoising(state.latent, self._noise(state.seed))
+        return (yield from stages.each("denoise", denoising))
 
-    def _switch(self, state: SessionState, text: str, stages: Stages) -> None:
-        with stages.timed("text"):
+    def _switching(self, state: SessionState, text: str, stages: Stages) -> Slices[None]:
+        # The encoder ends with a look at what it made, wherever it runs.
+        with stages.on_host("text"):
             prompt = self._look_up(text)
+        yield
         with stages.timed("recache"):
             self._generator.switch(state.latent, self._embed(prompt))
         state.prompt = prompt
@@ -276,19 +297,36 @@ class EchoEngine:
             state.sink_prompt = prompt
 
     def _decode(
-        self, state: SessionState, latents: Tensor, query: Tensor | None
+        self,
+        state: SessionState,
+        latents: Tensor,
+        before: Tensor | None,
+        clean: Mark,
+        stages: Stages,
     ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], list[float]]:
-        """Frames as uint8 [N, H, W, 3] and latent statistics, fetched from the device together."""
-        video, state.decoder = self._modules.codec.decode(latents, state.decoder)
-        pixels = frames_to_uint8(video[0])
-        stats = latent_statistics(latents, query, state.latent.query_BMC)
-        return pixels.to("cpu").numpy(), stats.to("cpu").tolist()
+        """Frames as uint8 [N, H, W, 3] and latent statistics, fetched from the device together.
+
+        `before`: the memory's query at the chunk's begin. `clean`: where the latents are ready.
+        Waits for the frames, and not for a context pass that still runs beside them.
+        """
+        after = state.latent.query_BMC
+        inputs = [tensor for tensor in (latents, before, after) if tensor is not None]
+        with self._lanes.decoding(clean, inputs):
+            with stages.timed("decode"):
+                video, state.decoder = self._modules.codec.decode(latents, state.decoder)
+                pixels = frames_to_uint8(video[0])
+                numbers = latent_statistics(latents, before, after)
+            copy = self._lanes.fetch([pixels, numbers])
+        frames, numbers = copy.wait()
+        return frames.numpy(), numbers.tolist()
 
     def _rebuilt_decoder(self, latent: LatentState) -> CodecState:
         """The decoder of a loaded state: as many latents are kept as make it the live one's."""
-        whole = latent.history_BFCHW.shape[1]
-        first = latent.next_chunk * self._preset.cache.frames_per_chunk == whole
-        return self._modules.codec.rebuild(latent.history_BFCHW, first)
+        history = latent.history_BFCHW
+        first = latent.next_chunk * self._preset.cache.frames_per_chunk == history.shape[1]
+        # Where the live one is made, so that the next decode finds it there.
+        with self._lanes.decoding(self._lanes.mark(), [history]):
+            return self._modules.codec.rebuild(history, first)
 
     def _drift(
         self,
@@ -314,6 +352,11 @@ class EchoEngine:
         shape, frames = self._preset.dit, self._preset.cache.frames_per_chunk
         size = (1, frames, shape.in_channels, shape.latent_height, shape.latent_width)
         return SessionNoise(seed, size, self._device, self._generator.dtype)
+
+    @contextmanager
+    def _slicing(self) -> Iterator[None]:
+        with self._running(), self._lanes.launch():
+            yield
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -4,6 +4,10 @@ The algorithm is the specification's (sections 4 to 8); what is ours is that eve
 a stream go on is a `LatentState`, and that the window is rebuilt from its compact part at fixed
 points. The generator knows nothing about prompts as text, pixels or services.
 
+Whatever takes several forwards is also there in slices of one forward each (`denoising`,
+`absorbing`, `rebuilding`). Between two slices other streams may be worked on; this one's state is
+whole only behind the last.
+
 Shapes: B batch, F frames per chunk, C H W latent, P text tokens, M memory tokens.
 """
 
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from echo_ray.engine.cache import Window
+from echo_ray.engine.slices import Slices, whole
 from echo_ray.model.dit import DiT, Modulations, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.policies.choose import choose_policy
@@ -104,18 +109,27 @@ class Generator:
         return clean
 
     def adopt(self, state: LatentState, clean: Tensor) -> None:
-        """Let given latents [B, F, C, H, W] take the place of the next chunk's denoising.
-
-        What leaves the window is remembered first, so their context pass sees the memory that it
-        would see after a denoised chunk.
-        """
-        update = self._leaving_update(state, self.cache.frames_per_chunk)
-        state.window.advance(state.next_chunk * self.cache.frames_per_chunk, clean.shape[1])
-        self._remember_leaving(state, update)
+        """Let given latents [B, F, C, H, W] take the place of the next chunk's denoising."""
+        self.make_room(state)
         self.absorb(state, clean)
 
+    def make_room(self, state: LatentState) -> None:
+        """Give the next chunk its slots without denoising it; `absorb` has to follow.
+
+        What leaves the window is remembered, so the chunk's context pass sees the memory that it
+        would see after denoising.
+        """
+        count = self.cache.frames_per_chunk
+        update = self._leaving_update(state, count)
+        state.window.advance(state.next_chunk * count, count)
+        self._remember_leaving(state, update)
+
     def absorb(self, state: LatentState, clean: Tensor) -> None:
-        """Let a denoised chunk join the past and advance to the next one.
+        """Let a denoised chunk join the past and advance to the next one; see `absorbing`."""
+        whole(self.absorbing(state, clean))
+
+    def absorbing(self, state: LatentState, clean: Tensor) -> Slices[None]:
+        """`absorb` in slices.
 
         Chunk indices divisible by `point_every` are points: there the rebuild of the whole window
         takes the place of the chunk's context pass.
@@ -125,7 +139,7 @@ class Generator:
         self._remember(state, clean)
         every = self.cache.point_every
         if every and state.next_chunk % every == 0:
-            self.rebuild(state)
+            yield from self.rebuilding(state)
         else:
             self._context_pass(state, clean, first, see_memory=state.has_history)
 
@@ -146,7 +160,11 @@ class Generator:
             self._update_memory(state, *state.window.last_layer(sink, state.window.local_held))
 
     def rebuild(self, state: LatentState) -> None:
-        """Recompute the window from the compact state: sink first, then chunk by chunk.
+        """Recompute the window from the compact state; see `rebuilding`."""
+        whole(self.rebuilding(state))
+
+    def rebuilding(self, state: LatentState) -> Slices[None]:
+        """`rebuild` in slices: sink first, then chunk by chunk.
 
         A live stream does this at every point and a loaded one at its start, so both go on from
         the same bits.
@@ -164,12 +182,17 @@ class Generator:
         end = state.next_chunk * count
         held = min(self.cache.local_frames, end - self.cache.sink_frames)
         for first in range(end - held, end, count):
+            yield
             window.advance(first, count)
             latents = self._history(state, first, first + count)
             self._context_pass(state, latents, first, see_memory=state.has_history)
 
     def denoise(self, state: LatentState, noise: Noise) -> Tensor:
         """Clean latents [B, F, C, H, W] of the next chunk; `absorb` has to follow."""
+        return whole(self.denoising(state, noise))
+
+    def denoising(self, state: LatentState, noise: Noise) -> Slices[Tensor]:
+        """`denoise` in slices: a forward for each denoising step."""
         count, chunk = self.cache.frames_per_chunk, state.next_chunk
         first = chunk * count
         update = self._leaving_update(state, count)
@@ -178,6 +201,8 @@ class Generator:
         clean = x
         last = len(self.schedule) - 1
         for step, sigma in enumerate(self.schedule.sigmas):
+            if step:
+                yield
             flow = self._flow(
                 state, x, self.schedule.timesteps[step], first, see_memory=state.has_history
             )

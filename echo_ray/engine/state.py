@@ -12,8 +12,8 @@ Shapes: P prompt rows, E text width, G given latents.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from echo_ray.engine.drift import NUMBERS, DriftState
 from echo_ray.engine.generator import LatentState
+from echo_ray.engine.lanes import Lanes, Span
 from echo_ray.errors import SnapshotCorrupt
 from echo_ray.session.snapshot import DTYPE_BYTES, Buffer, Snapshot
 
@@ -41,7 +42,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class SessionState:
-    """Everything that makes a session go on. Only `Engine.step` changes it."""
+    """Everything that makes a session go on. Only a step changes it."""
 
     seed: int
     prompt: Prompt
@@ -53,6 +54,10 @@ class SessionState:
     decoder: dict[str, Tensor]
     drift: DriftState
     point_every: int
+    whole: bool = True
+    """False from the begin of a step to its end, and for ever if it does not come to one."""
+    spans: list[tuple[str, Span]] = field(default_factory=list)
+    """Measurements of stages that were not over when their chunk was there; not saved."""
 
     @property
     def next_index(self) -> int:
@@ -81,27 +86,38 @@ class CompactState:
     drift: DriftState
 
 
-def pack(state: SessionState, fingerprint: str) -> Snapshot:
-    """The snapshot of a state at a point. Counters have a fixed width, so no age shows in it."""
+def pack(state: SessionState, fingerprint: str, lanes: Lanes) -> Callable[[], Snapshot]:
+    """Start to make the snapshot of a state at a point; call what is returned for it.
+
+    A step never writes to the tensors that are packed here: it replaces them. So those of this
+    moment stay what they are, while they are copied and until they are packed. Counters have a
+    fixed width, so no age shows in the snapshot.
+    """
     latent = state.latent
     counters = [latent.next_chunk, state.seed, int(latent.has_history), latent.sink_first]
     tensors = {
-        "counters": to_buffer(torch.tensor(counters, dtype=torch.int64)),
-        "drift": to_buffer(torch.tensor(state.drift.to_numbers(), dtype=torch.float64)),
-        "given": to_buffer(state.given_BGChw),
-        "history": to_buffer(latent.history_BFCHW),
-        "prompt_rows": to_buffer(state.prompt.rows_BPE),
-        "sink": to_buffer(latent.sink_BFCHW),
-        "sink_prompt_rows": to_buffer(_rows_of_their_own(state)),
+        "counters": torch.tensor(counters, dtype=torch.int64),
+        "drift": torch.tensor(state.drift.to_numbers(), dtype=torch.float64),
+        "given": state.given_BGChw,
+        "history": latent.history_BFCHW,
+        "prompt_rows": state.prompt.rows_BPE,
+        "sink": latent.sink_BFCHW,
+        "sink_prompt_rows": _rows_of_their_own(state),
     }
     if latent.query_BMC is not None:
-        tensors[MEMORY] = to_buffer(latent.query_BMC)
+        tensors[MEMORY] = latent.query_BMC
     header = {
         "kind": KIND,
         "prompt": state.prompt.text,
         "sink_prompt": state.sink_prompt.text,
     }
-    return Snapshot(fingerprint, header, tensors)
+    names, copy = tuple(tensors), lanes.snapshot(tuple(tensors.values()))
+
+    def packed() -> Snapshot:
+        buffers = {name: to_buffer(t) for name, t in zip(names, copy.wait(), strict=True)}
+        return Snapshot(fingerprint, header, buffers)
+
+    return packed
 
 
 def _rows_of_their_own(state: SessionState) -> Tensor:

@@ -5,7 +5,7 @@ The service drives any engine through this and never learns what is inside a sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +72,22 @@ class State(Protocol):
         ...
 
 
+class Step(Protocol):
+    """A chunk in the making, in slices between which the device may work for other sessions.
+
+    What is made does not depend on what comes between. A step may be left where it is: nobody saw
+    anything of it. Its state is lost then; load it again.
+    """
+
+    def advance(self) -> Chunk | None:
+        """Do the next slice; the chunk once it was the last one.
+
+        Raises `EngineError` when a slice fails, which leaves the state unusable, and behind the
+        last one.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One device. Not thread-safe: one thread calls it."""
 
@@ -91,17 +107,31 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, state: State, prompts: Sequence[str] = ()) -> Chunk:
-        """Generate chunk `state.next_index` and advance the state by it.
+    def begin(self, state: State, prompts: Sequence[str] = ()) -> Step:
+        """Begin to generate chunk `state.next_index`; the state is advanced by it at the end.
 
-        `prompts`: the switches pinned to this chunk, in log order (the last one stands). A failed
-        step leaves the state unusable and says so with `EngineError`; load it again. The chunk's
-        `ignored_words` follow from its prompt alone, so they are the same whoever generates it.
+        `prompts`: the switches pinned to this chunk, in log order (the last one stands). Until the
+        step gives the chunk, nothing else may be asked of the state, its attributes included; a
+        second step or a `save` is refused with `EngineError`. So is a state whose step was left or
+        failed. The chunk's `ignored_words` follow from its prompt alone, so they are the same
+        whoever generates it.
+        """
+        ...
+
+    def step(self, state: State, prompts: Sequence[str] = ()) -> Chunk:
+        """All slices of `begin` in one go."""
+        ...
+
+    def saving(self, state: State) -> Callable[[], Snapshot]:
+        """Start to save; what is returned waits for the snapshot, once and on any thread.
+
+        The state may be stepped on at once: the snapshot is of the state as it is now. Raises
+        `EngineError` unless the state is at a point.
         """
         ...
 
     def save(self, state: State) -> Snapshot:
-        """The state as a value. Raises `EngineError` unless the state is at a point."""
+        """The state as a value: `saving`, waited for."""
         ...
 
     def load(self, snapshot: Snapshot) -> State:
