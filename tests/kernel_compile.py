@@ -21,17 +21,18 @@ from echo_kernels.launch import OPTIONS, Kernel
 
 H100 = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64"}
-POINTERS[torch.uint8] = "*u8"
+POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 def compile_only(self: Kernel, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """What `Kernel.launch` would launch."""
+    options = OPTIONS | {"num_warps": constants.pop("num_warps", 4)}
     names = self.compiled.arg_names
     signature = dict(zip(names, map(kind_of, arguments), strict=False))
     signature |= dict.fromkeys(constants, "constexpr")
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(self.compiled, signature, constexprs=values)
-    code = triton.compile(source, target=H100, options=OPTIONS)
+    code = triton.compile(source, target=H100, options=options)
     name, size = self.function.__name__, len(code.asm["cubin"])
     sys.stdout.write(f"{name} {size} {code.asm['ptx'].count('fma.rn')}\n")
 
@@ -49,10 +50,16 @@ def compile_all(kind: torch.dtype) -> None:
     x = torch.zeros(1, tokens, width, dtype=kind)
     weight, frames = x[0, 0], x[:, :3]
     echo_kernels.rms_norm.kernel(x, weight, 1e-6)
-    echo_kernels.layernorm_modulate.kernel(x, frames, frames, 1e-6)
+    for modulate in (echo_kernels.layernorm_modulate, echo_kernels.layernorm_modulate8):
+        modulate.kernel(x, frames, frames, 1e-6)
     for gate in (frames, None):
         echo_kernels.residual_modulate.kernel(x, x, gate, frames, frames, 1e-6)
         echo_kernels.residual_layernorm.kernel(x, x, gate, weight, weight, 1e-6)
+    echo_kernels.residual_modulate8.kernel(x, x, frames, frames, frames, 1e-6)
+    echo_kernels.residual_layernorm8.kernel(x, x, frames, weight, weight, 1e-6)
+    echo_kernels.rows8.kernel(x)
+    echo_kernels.gelu_rows8.kernel(torch.zeros(2, 8960, dtype=kind))
+    echo_kernels.heads8.kernel(x.view(1, tokens, heads, size), torch.ones(heads))
     echo_kernels.memory_gate_blend.kernel(x, x, x)
     echo_kernels.frames_to_uint8.kernel(x.view(1, 3, 6, -1))
     window = x.view(1, 1, tokens, heads, size)

@@ -45,6 +45,7 @@ def to_nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
     kinds = {
         "bf16": (torch.bfloat16, torch.int16, np.uint16),
         "fp32": (torch.float32, torch.int32, np.uint32),
+        "fp8e4nv": (torch.float8_e4m3fn, torch.uint8, np.uint8),
     }
     value, bits, _ = kinds[source.name]
     to, to_bits, raw = kinds[target.name]
@@ -53,7 +54,7 @@ def to_nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
 
 
 def bits_of(kind: torch.dtype) -> Any:
-    return {torch.int16: np.int16, torch.int32: np.int32}[kind]
+    return {torch.int16: np.int16, torch.int32: np.int32, torch.uint8: np.uint8}[kind]
 
 
 def guarded(x: Tensor) -> Tensor:

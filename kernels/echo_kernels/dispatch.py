@@ -26,9 +26,17 @@ class Op(Generic[P, R]):
     """
 
     def __init__(
-        self, name: str, check: Callable[P, None], truth: Callable[P, R], kernel: Callable[P, R]
+        self,
+        name: str,
+        check: Callable[P, None],
+        truth: Callable[P, R],
+        kernel: Callable[P, R],
+        *,
+        mixed: bool = False,
     ) -> None:
+        """`mixed`: its tensors are of several kinds by their nature, which `check` looks at."""
         self.name = name
+        self.mixed = mixed
         self.check = check
         self.truth = truth
         self.kernel = kernel
@@ -39,7 +47,7 @@ class Op(Generic[P, R]):
         if torch.compiler.is_compiling():
             return self.truth(*args, **kwargs)
         self.check(*args, **kwargs)
-        if not _wants_kernel([a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]):
+        if not _wants_kernel(_tensors((*args, *kwargs.values())), mixed=self.mixed):
             return self.truth(*args, **kwargs)
         if not self.failed:
             try:
@@ -72,16 +80,25 @@ def expect(op: str, name: str, found: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"{op}: {name} is {list(found.shape)}; give {list(shape)}")
 
 
-def _wants_kernel(tensors: Sequence[Tensor]) -> bool:
+def _tensors(arguments: Sequence[object]) -> list[Tensor]:
+    parts = (a if isinstance(a, tuple) else (a,) for a in arguments)
+    return [t for part in parts for t in part if isinstance(t, Tensor)]
+
+
+def _wants_kernel(tensors: Sequence[Tensor], *, mixed: bool) -> bool:
     """Kernels have no backward pass, know nothing of autocast and one kind of float."""
     return (
         on_device(tensors)
         and not check_choice()
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not torch.is_autocast_enabled(tensors[0].device.type)
-        and len({t.dtype for t in tensors if not t.is_complex()}) == 1
-        and tensors[0].dtype in FLOATS
+        and (mixed or _one_kind(tensors))
     )
+
+
+def _one_kind(tensors: Sequence[Tensor]) -> bool:
+    kinds = {t.dtype for t in tensors if not t.is_complex()}
+    return len(kinds) == 1 and tensors[0].dtype in FLOATS
 
 
 def on_device(tensors: Sequence[Tensor]) -> bool:

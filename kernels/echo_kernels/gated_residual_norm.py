@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from echo_kernels.device import layer_norm
+from echo_kernels.device import layer_norm, store_row8
 from echo_kernels.dispatch import Op, expect
 from echo_kernels.launch import block_of, kernel, rows_of
 from echo_kernels.layernorm_modulate import check_frames, split_frames
 from echo_kernels.layernorm_modulate import truth as modulated
+from echo_kernels.rows8 import Rows8, empty_rows8
+from echo_kernels.rows8 import truth as in_rows8
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -90,21 +92,46 @@ def layernorm_truth(
     return x_BNC, functional.layer_norm(x_BNC, x_BNC.shape[-1:], weight_C, bias_C, eps)
 
 
+def modulate8_truth(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+) -> tuple[Tensor, Rows8]:
+    x_BNC, h_BNC = modulate_truth(x_BNC, y_BNC, gate_BFC, shift_BFC, scale_BFC, eps)
+    return x_BNC, in_rows8(h_BNC)
+
+
+def layernorm8_truth(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Rows8]:
+    x_BNC, h_BNC = layernorm_truth(x_BNC, y_BNC, gate_BFC, weight_C, bias_C, eps)
+    return x_BNC, in_rows8(h_BNC)
+
+
 @kernel
 def residual_norm_kernel(
     x: tl.tensor, y: tl.tensor, gate: tl.tensor, scale: tl.tensor, shift: tl.tensor,
-    stream: tl.tensor, out: tl.tensor,
+    stream: tl.tensor, out: tl.tensor, scales: tl.tensor,
     tokens: tl.tensor, gate_frame: tl.tensor, norm_frame: tl.tensor, channels: tl.tensor,
     gate_b: tl.tensor, gate_f: tl.tensor, scale_b: tl.tensor, scale_f: tl.tensor,
     shift_b: tl.tensor, shift_f: tl.tensor,
-    eps: tl.tensor, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+    eps: tl.tensor, GATED: tl.constexpr, MODULATED: tl.constexpr, EIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
     token = row % tokens
     at = tl.arange(0, BLOCK)
     real = at < channels
-    kind = out.dtype.element_ty
+    kind = x.dtype.element_ty
     branch = tl.load(y + row * channels + at, mask=real, other=0.0).to(tl.float32)
     if GATED:
         place = batch * gate_b + token // gate_frame * gate_f
@@ -123,7 +150,11 @@ def residual_norm_kernel(
     else:
         normed = normed * factor
     offset = tl.load(shift + batch * shift_b + frame * shift_f + at, mask=real, other=0.0)
-    tl.store(out + row * channels + at, (normed + offset.to(tl.float32)).to(kind), mask=real)
+    result = (normed + offset.to(tl.float32)).to(kind)
+    if EIGHT:
+        store_row8(out, scales, row, result.to(tl.float32), at, real, channels)
+    else:
+        tl.store(out + row * channels + at, result, mask=real)
 
 
 def launch(
@@ -133,21 +164,24 @@ def launch(
     shift_BFC: Tensor,
     scale_BFC: Tensor,
     eps: float,
+    into: Rows8 | None,
     *,
     is_modulated: bool,
 ) -> tuple[Tensor, Tensor]:
     x, y, shift, scale = x_BNC.contiguous(), y_BNC.contiguous(), rows_of(shift_BFC), scale_BFC
     scale = rows_of(scale)
-    # Never read without a gate; Triton wants some pointer.
+    # Never read without a gate, and scales never written without 8 bits; Triton wants a pointer.
     gate = shift if gate_BFC is None else rows_of(gate_BFC)
     batch, tokens, channels = x.shape
-    stream, out = torch.empty_like(x), torch.empty_like(x)
+    stream = torch.empty_like(x)
+    out, scales = into or (torch.empty_like(x), x)
     residual_norm_kernel.launch(
         (batch * tokens,),
-        x, y, gate, scale, shift, stream, out,
+        x, y, gate, scale, shift, stream, out, scales,
         tokens, tokens // gate.shape[1], tokens // shift.shape[1], channels,
         *gate.stride()[:2], *scale.stride()[:2], *shift.stride()[:2],
-        eps, GATED=gate_BFC is not None, MODULATED=is_modulated, BLOCK=block_of(channels),
+        eps, GATED=gate_BFC is not None, MODULATED=is_modulated, EIGHT=into is not None,
+        BLOCK=block_of(channels),
     )  # fmt: skip
     return stream, out
 
@@ -160,7 +194,20 @@ def run_modulate(
     scale_BFC: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return launch(x_BNC, y_BNC, gate_BFC, shift_BFC, scale_BFC, eps, is_modulated=True)
+    return launch(x_BNC, y_BNC, gate_BFC, shift_BFC, scale_BFC, eps, None, is_modulated=True)
+
+
+def run_modulate8(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    shift_BFC: Tensor,
+    scale_BFC: Tensor,
+    eps: float,
+) -> tuple[Tensor, Rows8]:
+    into = empty_rows8(x_BNC)
+    stream, _ = launch(x_BNC, y_BNC, gate_BFC, shift_BFC, scale_BFC, eps, into, is_modulated=True)
+    return stream, into
 
 
 def run_layernorm(
@@ -171,10 +218,29 @@ def run_layernorm(
     bias_C: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    batch = x_BNC.shape[0]
-    weight, bias = (part.expand(batch, 1, -1) for part in (weight_C, bias_C))
-    return launch(x_BNC, y_BNC, gate_BFC, bias, weight, eps, is_modulated=False)
+    scale, shift = as_frames(x_BNC, weight_C, bias_C)
+    return launch(x_BNC, y_BNC, gate_BFC, shift, scale, eps, None, is_modulated=False)
+
+
+def run_layernorm8(
+    x_BNC: Tensor,
+    y_BNC: Tensor,
+    gate_BFC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+) -> tuple[Tensor, Rows8]:
+    into, (scale, shift) = empty_rows8(x_BNC), as_frames(x_BNC, weight_C, bias_C)
+    stream, _ = launch(x_BNC, y_BNC, gate_BFC, shift, scale, eps, into, is_modulated=False)
+    return stream, into
+
+
+def as_frames(x_BNC: Tensor, *parts_C: Tensor) -> list[Tensor]:
+    """Vectors as they would be with one frame: [B, 1, C]."""
+    return [part.expand(x_BNC.shape[0], 1, -1) for part in parts_C]
 
 
 residual_modulate = Op("residual_modulate", check_modulate, modulate_truth, run_modulate)
 residual_layernorm = Op("residual_layernorm", check_layernorm, layernorm_truth, run_layernorm)
+residual_modulate8 = Op("residual_modulate8", check_modulate, modulate8_truth, run_modulate8)
+residual_layernorm8 = Op("residual_layernorm8", check_layernorm, layernorm8_truth, run_layernorm8)

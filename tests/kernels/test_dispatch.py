@@ -14,7 +14,7 @@ from kernel_rig import KINDS
 from torch import Tensor
 
 import echo_kernels
-from echo_kernels import Slots, check_choice, dispatch, fallbacks
+from echo_kernels import Rows8, Slots, check_choice, dispatch, fallbacks
 from echo_kernels.dispatch import Op
 from echo_kernels.launch import Kernel, block_of
 
@@ -74,6 +74,8 @@ def test_what_kernels_cannot_do_takes_the_truth() -> None:
     mixed = Op("mixed", lambda x, y: None, lambda x, y: "truth", lambda x, y: "kernel")
     assert mixed(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)) == "truth"
     assert mixed(torch.zeros(2), TABLE) == "kernel"
+    by_nature = Op("mixed", lambda x: None, lambda x: "truth", lambda x: "kernel", mixed=True)
+    assert by_nature(rows(2, 3)) == "kernel"
 
 
 @pytest.mark.usefixtures("on_device")
@@ -129,6 +131,10 @@ def z(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
+def rows(count: int, width: int, of: int = 0) -> Rows8:
+    return Rows8(z(count, width).to(torch.float8_e4m3fn), z(of or count, 1))
+
+
 X, FRAMES, WINDOW = z(1, 4, 12), z(1, 2, 12), z(2, 1, 4, 2, 6)
 REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("rms_norm", (X, z(11), 0.0), r"weight is \[11\]; give \[12\]"),
@@ -160,6 +166,21 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("qk_norm_rope_write", (X, X, X, None, None, 0.0, slots(batch=2)), "raw_BKHD is"),
     ("qk_norm_rope_write", (X, X, X, None, None, 0.0, slots(query_rope_NP=z(2, 3))), "query_rope"),
     ("qk_norm_rope_write", (X, X, X, None, None, 0.0, slots(key_rope_KP=z(2, 3))), "key_rope"),
+    ("layernorm_modulate8", (X, FRAMES, z(1, 1, 12), 0.0), r"scale is \[1, 1, 12\]"),
+    ("residual_modulate8", (X, z(1, 3, 12), None, FRAMES, FRAMES, 0.0), r"y is \[1, 3, 12\]"),
+    ("residual_layernorm8", (X, X, None, z(6), z(12), 0.0), r"weight is \[6\]"),
+    ("rows8", (X.double(),), r"torch\.float64; give \[\.\.\., C\] of float32, bfloat16, float16"),
+    ("gelu_rows8", (z(),), r"x is \[\] of torch\.float32"),
+    ("heads8", (X, z(2)), r"x is \[1, 4, 12\].*give \[B, N, H, D\]"),
+    ("heads8", (WINDOW[0], z(2).double()), r"scales are torch\.float64"),
+    ("heads8", (WINDOW[0], z(3)), r"scales is \[3\]; give \[2\]"),
+    ("heads8", (z(1, 4, 6, 2).mT, z(2)), "strides"),
+    ("linear8", (rows(4, 11), rows(5, 12), None, KINDS[0]), r"x is \[4, 11\]; give \[4, 12\]"),
+    ("linear8", (rows(4, 12, of=3), rows(5, 12), None, KINDS[0]), r"scales of x is \[3, 1\]"),
+    ("linear8", (rows(4, 12), rows(5, 12, of=4), None, KINDS[0]), r"scales of weight is \[4, 1\]"),
+    ("linear8", (rows(4, 12), rows(5, 12), z(4), KINDS[0]), r"bias is \[4\]"),
+    ("linear8", (Rows8(z(4, 12), z(4, 1)), rows(5, 12), None, KINDS[0]), "x is torch.float32"),
+    ("linear8", (rows(4, 12), rows(5, 12), None, torch.float64), r"kind is torch\.float64"),
     (
         "qk_norm_rope_write",
         (X, X, X, None, None, 0.0, slots(values_BKHD=z(1, 4, 6, 2).mT)),
@@ -170,7 +191,8 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
 
 @pytest.mark.parametrize(("name", "args", "told"), REFUSED)
 def test_what_does_not_fit_together_is_refused(name: str, args: tuple[Any, ...], told: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: .*({told})"):
+    shared = name.removesuffix("8") if name.endswith(("modulate8", "layernorm8")) else name
+    with pytest.raises(ValueError, match=f"{shared}: .*({told})"):
         getattr(echo_kernels, name)(*args)
 
 
