@@ -62,6 +62,12 @@ def compile_all(kind: torch.dtype) -> None:
     echo_kernels.heads8.kernel(x.view(1, tokens, heads, size), torch.ones(heads))
     echo_kernels.memory_gate_blend.kernel(x, x, x)
     echo_kernels.frames_to_uint8.kernel(x.view(1, 3, 6, -1))
+    picture = x.view(1, 96, 1, 6, -1)
+    for count, past in ((1, None), (4, picture)):
+        new = picture.expand(-1, -1, count, -1, -1)
+        seen = None if past is None else past.expand(-1, -1, 2, -1, -1)
+        kept = torch.zeros(1, 96, 2, *picture.shape[3:], dtype=kind)
+        echo_kernels.norm_silu_join.kernel(new, weight[:96], seen, kept)
     window = x.view(1, 1, tokens, heads, size)
     rope = torch.ones(tokens, size // 2, dtype=torch.complex128)
     slots = Slots(rope, rope, *[window[0]] * 5)

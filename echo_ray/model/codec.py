@@ -16,7 +16,7 @@ from echo_ray.errors import InvalidRequestError
 from echo_ray.model.history import BEGUN, begun_flag
 
 CodecState = dict[str, Tensor]
-"""What a decoder keeps of the latents before; never changed in place."""
+"""What a decoder keeps of the latents before; never changed in place but for who asks for it."""
 
 
 class Codec(nn.Module, ABC):
@@ -67,14 +67,32 @@ class Codec(nn.Module, ABC):
         b, _, _, h, w = latents_BFChw.shape
         size = (b, 0, 3, self.spatial_stride * h, self.spatial_stride * w)
         parts = [latents_BFChw.new_zeros(size, dtype=torch.float32)]
-        for latent_BChw in latents_BFChw.unbind(1):
-            frames, state = self.decode_next(latent_BChw, state)
+        for index, latent_BChw in enumerate(latents_BFChw.unbind(1)):
+            # From the second latent on the state is this call's own.
+            frames, state = self.decode_next(latent_BChw, state, in_place=index > 0)
             parts.append(frames)
         return torch.cat(parts, dim=1), state
 
     @abstractmethod
-    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
-        """The frames of one latent, as `decode` gives them, and the state after it."""
+    def decode_next(
+        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
+    ) -> tuple[Tensor, CodecState]:
+        """The frames of one latent, as `decode` gives them, and the state after it.
+
+        `in_place`: the state after it lies where the one before it lay, which is lost. With a
+        `fixed_state` nothing moves between calls then, and the device work depends on no value, so
+        a device graph can record a call: once for a stream's first latent, once for all others. A
+        replay knows nothing of the flag `begun`, which lies on the host.
+        """
+
+    def fixed_state(self, latent_BChw: Tensor) -> CodecState:
+        """The initial state with room for every past of a stream of such latents.
+
+        Decodes one latent of zeros, so whatever the codec makes once for a device is made, too.
+        """
+        nothing = torch.zeros_like(latent_BChw)
+        _, state = self.decode_next(nothing, self.midstream_state())
+        return {key: torch.zeros_like(past) for key, past in state.items()}
 
     def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents; `first`: they start where the stream starts."""

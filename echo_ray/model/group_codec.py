@@ -116,7 +116,9 @@ class GroupCodec(Codec):
         out: Tensor = (self.decoder(raw) + 1) / 2
         return out
 
-    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+    def decode_next(
+        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
+    ) -> tuple[Tensor, CodecState]:
         """A group's frames; of the stream's first latent only the last is one of the video."""
         groups_GCHW = self.decode_groups(latent_BChw).float().clamp(0.0, 1.0)
         batch, _, height, width = groups_GCHW.shape

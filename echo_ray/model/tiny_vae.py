@@ -148,9 +148,11 @@ class TinyVae(Codec):
             state = history.after
         return torch.cat(latents, dim=1)
 
-    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+    def decode_next(
+        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
+    ) -> tuple[Tensor, CodecState]:
         """Four frames; of the stream's first latent only the last is one of the video."""
-        history = History.of_stream(state, TIME_DIM)
+        history = History.of_stream(state, TIME_DIM, in_place=in_place)
         frames = run_layers(self.decoder, latent_BChw[:, None].to(self._dtype), history)
         frames = frames.float().clamp(0.0, 1.0)
         return frames[:, -1:] if history.first else frames, history.state()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
-from echo_ray.model.history import History
+from echo_kernels import norm_silu_join
+from echo_ray.model.history import History, layout_of
 
 CONV_PAST = 2
 """Frames before the current one that a causal convolution sees."""
@@ -45,6 +46,13 @@ class CausalConv(nn.Conv3d):
         out: Tensor = self(history.join(self.key, x_BCTHW, CONV_PAST))
         return out
 
+    def step_normed(self, x_BCTHW: Tensor, norm: ChannelNorm, history: History) -> Tensor:
+        """The convolution of silu(norm(x)); its past holds what was normed."""
+        past_BCPHW = history.past(self.key)
+        kept_BCPHW = history.room(self.key, x_BCTHW, CONV_PAST)
+        out: Tensor = self(norm_silu_join(x_BCTHW, norm.gamma.flatten(), past_BCPHW, kept_BCPHW))
+        return out
+
 
 class ResidualBlock(nn.Module):
     """Two normed causal convolutions, added to the input."""
@@ -65,9 +73,9 @@ class ResidualBlock(nn.Module):
 
     def step(self, x_BCTHW: Tensor, history: History) -> Tensor:
         y = x_BCTHW
-        for norm, conv in (("0", "2"), ("3", "6")):
-            y = fn.silu(self.residual[norm](y))
-            y = cast(CausalConv, self.residual[conv]).step(y, history)
+        for index in (("0", "2"), ("3", "6")):
+            norm, conv = (self.residual[i] for i in index)
+            y = cast(CausalConv, conv).step_normed(y, cast(ChannelNorm, norm), history)
         out: Tensor = self.shortcut(x_BCTHW) + y
         return out
 
@@ -104,8 +112,13 @@ class Upsample(nn.Module):
         # The first latent is one frame and leaves no trace: the second one sees zeros before it.
         if self.time_conv is not None and not history.first:
             b, c, t, h, w = x_BCTHW.shape
-            pairs = self.time_conv.step(x_BCTHW, history).view(b, 2, c, t, h, w)
-            x_BCTHW = pairs.permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+            pairs = self.time_conv.step(x_BCTHW, history)
+            x_BCTHW = torch.empty(
+                (b, c, 2 * t, h, w), dtype=pairs.dtype, device=pairs.device,
+                memory_format=layout_of(pairs),
+            )  # fmt: skip
+            early_and_late = pairs.view(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5)
+            x_BCTHW.view(b, c, t, 2, h, w).copy_(early_and_late)
         return _frames_together(self.resample(_frames_apart(x_BCTHW)), x_BCTHW.shape[0])
 
 

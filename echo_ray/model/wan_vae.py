@@ -17,7 +17,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as fn
 
 from echo_ray.model.codec import Codec, CodecState
 from echo_ray.model.history import History
@@ -88,7 +87,8 @@ class WanDecoder(nn.Module):
 
 
 def run_head(head: nn.ModuleDict, x_BCTHW: Tensor, history: History) -> Tensor:
-    return cast(CausalConv, head["2"]).step(fn.silu(head["0"](x_BCTHW)), history)
+    norm, conv = cast(ChannelNorm, head["0"]), cast(CausalConv, head["2"])
+    return conv.step_normed(x_BCTHW, norm, history)
 
 
 class WanVae(Codec):
@@ -128,16 +128,20 @@ class WanVae(Codec):
         """As `encode_whole`, of pixels in [-1, 1]."""
         return self._encode(self._groups(pixels_BNCHW))
 
-    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+    def decode_next(
+        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
+    ) -> tuple[Tensor, CodecState]:
         """Four frames, or the one of the stream's first latent."""
-        pixels, state = self.decode_raw(latent_BChw, state)
+        pixels, state = self.decode_raw(latent_BChw, state, in_place=in_place)
         return pixels.clamp(-1.0, 1.0) / 2 + 0.5, state
 
-    def decode_raw(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+    def decode_raw(
+        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
+    ) -> tuple[Tensor, CodecState]:
         """As `decode_next`, but pixels around [-1, 1] as the decoder gives them, in float32."""
         mean_C111, std_C111 = self._mean_and_std(latent_BChw.device)
         raw_BC1hw = latent_BChw[:, :, None].float() * std_C111 + mean_C111
-        history = History.of_stream(state, TIME_DIM)
+        history = History.of_stream(state, TIME_DIM, in_place=in_place)
         pixels = self.decoder.step(self.conv2(raw_BC1hw.to(self.conv2.weight.dtype)), history)
         return pixels.transpose(1, 2).float(), history.state()
 

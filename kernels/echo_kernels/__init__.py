@@ -19,6 +19,7 @@ from echo_kernels.heads8 import heads8
 from echo_kernels.layernorm_modulate import layernorm_modulate, layernorm_modulate8
 from echo_kernels.linear8 import linear8
 from echo_kernels.memory_gate_blend import memory_gate_blend
+from echo_kernels.norm_silu_join import norm_silu_join
 from echo_kernels.qk_norm_rope_write import Slots, qk_norm_rope_write
 from echo_kernels.rms_norm import rms_norm
 from echo_kernels.rows8 import Rows8, gelu_rows8, rows8
@@ -36,6 +37,7 @@ __all__ = [
     "layernorm_modulate8",
     "linear8",
     "memory_gate_blend",
+    "norm_silu_join",
     "place_memory",
     "qk_norm_rope_write",
     "residual_layernorm",

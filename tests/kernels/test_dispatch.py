@@ -135,7 +135,7 @@ def rows(count: int, width: int, of: int = 0) -> Rows8:
     return Rows8(z(count, width).to(torch.float8_e4m3fn), z(of or count, 1))
 
 
-X, FRAMES, WINDOW = z(1, 4, 12), z(1, 2, 12), z(2, 1, 4, 2, 6)
+X, FRAMES, WINDOW, PAST = z(1, 4, 12), z(1, 2, 12), z(2, 1, 4, 2, 6), z(1, 3, 2, 4, 5)
 REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("rms_norm", (X, z(11), 0.0), r"weight is \[11\]; give \[12\]"),
     ("layernorm_modulate", (X, z(1, 3, 12), z(1, 3, 12), 0.0), "N a multiple of F"),
@@ -149,6 +149,11 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("residual_layernorm", (X, X, None, z(12), z(6), 0.0), r"bias is \[6\]"),
     ("memory_gate_blend", (X, FRAMES, X), r"old is \[1, 2, 12\]"),
     ("memory_gate_blend", (X, X, FRAMES), r"candidate is \[1, 2, 12\]"),
+    ("norm_silu_join", (z(1, 3, 2, 4), z(3), None, PAST), r"x is \[1, 3, 2, 4\]; give \[B, C, T"),
+    ("norm_silu_join", (PAST[:, :, :0], z(3), None, PAST), r"x is \[1, 3, 0, 4, 5\]"),
+    ("norm_silu_join", (PAST, z(2), None, PAST), r"gain is \[2\]; give \[3\]"),
+    ("norm_silu_join", (PAST, z(3), PAST[:, :, :1], PAST), r"past is \[1, 3, 1, 4, 5\]"),
+    ("norm_silu_join", (PAST, z(3), PAST, z(2, 3, 2, 4, 5)), r"kept is \[2, 3, 2, 4, 5\]; give"),
     ("frames_to_uint8", (z(3, 5, 7),), r"video is \[3, 5, 7\]; give \[N, K, H, W\]"),
     ("chunk_advance", (WINDOW, WINDOW, WINDOW, TABLE, 5), "5 slots cannot leave; 4 are held"),
     ("chunk_advance", (WINDOW, WINDOW, WINDOW, TABLE, -1), "-1 slots cannot leave"),

@@ -58,6 +58,23 @@ def test_norms(kind: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_causal_convolutions_input(count: int, kind: torch.dtype) -> None:
+    x, gain = normal(18, 2, 6, count, 3, 5, kind=kind), normal(19, 6, kind=kind)
+    past, kept = normal(20, 2, 6, 2, 3, 5, kind=kind), torch.full((2, 6, 2, 3, 5), torch.nan)
+    kept = kept.to(kind)
+    scaled = functional.normalize(x, dim=1) * (6**0.5) * gain[:, None, None, None]
+    expected = torch.cat([past, functional.silu(scaled)], dim=2)
+    assert torch.equal(echo_kernels.norm_silu_join(x, gain, past, kept), expected)
+    assert torch.equal(kept, expected[:, :, -2:])
+    assert torch.equal(echo_kernels.norm_silu_join(x, gain, past, past), expected)
+    assert torch.equal(past, kept)
+    unseen = echo_kernels.norm_silu_join(x, gain, None, kept)
+    assert not unseen[:, :, :2].any()
+    assert torch.equal(unseen[:, :, 2:], expected[:, :, 2:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_gate_rounds_after_every_step(kind: torch.dtype) -> None:
     logits, old, new = (normal(n, 2, 5, 24, kind=kind) for n in (6, 7, 8))
     gate = torch.sigmoid(logits)
