@@ -8,6 +8,8 @@ from echo_ray.config_rules import require
 
 ATTENTIONS = ("auto", "fa3", "fa2", "cudnn", "flash", "plain")
 """FlashAttention 3 and 2, and PyTorch's own: cuDNN's, its flash kernel, and plain products."""
+PRECISIONS = ("exact", "fp8", "fp8+attention8")
+"""The preset's own numbers; linear layers of blocks in 8 bits; their self-attention, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,8 @@ class ModelSection:
     """Encoded prompts held for the next session or switch that asks for the same one."""
     attention: str = "auto"
     """One of `ATTENTIONS`; `auto` takes the best that the device has. Part of the fingerprint."""
+    precision: str = "exact"
+    """One of `PRECISIONS`. What is not `exact` rounds more; named in the fingerprint."""
 
     def __post_init__(self) -> None:
         require(bool(self.preset), "model.preset", self.preset, "name a preset")
@@ -41,6 +45,8 @@ class ModelSection:
             1 <= self.prompts_kept <= 4096, "model.prompts_kept", self.prompts_kept, "1 to 4096"
         )
         require(self.attention in ATTENTIONS, "model.attention", self.attention, _any(ATTENTIONS))
+        known = self.precision in PRECISIONS
+        require(known, "model.precision", self.precision, _any(PRECISIONS))
 
 
 def _any(names: tuple[str, ...]) -> str:

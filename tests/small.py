@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from echo_ray.engine.engine import EchoEngine
+from echo_ray.model.backends import PLAIN, Attention
+from echo_ray.model.computing import Precision, use
 from echo_ray.preset import (
     CacheShape,
     CodecShape,
@@ -91,3 +94,11 @@ def small_clip(codec: str, frames: int) -> bytes:
         x = n % (preset.width - 8)
         pixels[n, 8:16, x : x + 8] = (220 - n, 60, 90)
     return pixels.tobytes()
+
+
+def small_tier(precision: Precision, attention: Attention = PLAIN, **cache: object) -> EchoEngine:
+    """The engine of `small_engine` in another precision: the same weights, rounded."""
+    preset = small_preset(**cache)  # type: ignore[arg-type]
+    modules = deepcopy(_modules(preset.cache.memory is not None, "group"))
+    modules = replace(modules, computing=use(modules.dit, modules.memory, attention, precision))
+    return EchoEngine(preset, modules, torch.device("cpu"), threads=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -11,16 +11,29 @@ from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError, DeviceMissing, MemoryShort
-from echo_ray.model.backends import Attention, Machine, choose
+from echo_ray.model.backends import Attention, Machine, choose, choose8
 from echo_ray.model.codec import Codec
-from echo_ray.model.computing import use
-from echo_ray.preset import Preset, UMT5Shape, load_preset, with_codec
+from echo_ray.model.computing import Precision, use
+from echo_ray.preset import DiTShape, Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
 from echo_ray.weights.modules import Modules, TextPlace, load_modules
 from echo_ray.weights.parts import DTYPES, build_parts, codec_part
 
 GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model is to compute."""
+
+    attention: Attention
+    precision: Precision
+
+    def applied(self, modules: Modules) -> Modules:
+        """The modules, made to compute so; nothing else may use them."""
+        how = use(modules.dit, modules.memory, self.attention, self.precision)
+        return replace(modules, computing=how)
 
 
 def build_engine(config: ModelSection) -> EchoEngine:
@@ -34,26 +47,43 @@ def build_engine(config: ModelSection) -> EchoEngine:
     text_device = _device("model.text_device", config.text_device or config.device)
     whole = load_preset(config.preset)
     preset = with_codec(whole, config.vae)
-    attention = attention_of(config, preset, device)
+    plan = computing_of(config, preset, Machine.of(device))
     folder = WeightsFolder.open(weights_folder(config))
     folder.check(whole)
     check_room(preset, device, text_device)
     text = TextPlace(device=text_device, keep=config.keep_text_encoder)
-    modules = computing(load_modules(preset, folder, device, text), attention)
+    modules = plan.applied(load_modules(preset, folder, device, text))
     return EchoEngine(
         preset, modules, device, config.threads, prompts_kept=config.prompts_kept, text=text_device
     )
 
 
-def attention_of(config: ModelSection, preset: Preset, device: torch.device) -> Attention:
-    """See `echo_ray.model.backends.choose`."""
-    machine, dtype = Machine.of(device), DTYPES[preset.dtype]
-    return choose(config.attention, machine, dtype, preset.dit.head_dim)
+def computing_of(config: ModelSection, preset: Preset, machine: Machine) -> Plan:
+    """How a configuration's model is to compute on a machine.
+
+    Raises `DeviceMissing`, `DeviceTooOld`, `BackendMissing`, and `ConfigError` for a model that it
+    cannot be.
+    """
+    precision, dtype, dit = Precision(config.precision), DTYPES[preset.dtype], preset.dit
+    if precision is not Precision.EXACT and machine.kind == "cuda":
+        _check_8_bits(precision, machine, dtype, dit)
+    take = choose8 if precision is Precision.FP8_ATTENTION8 else choose
+    return Plan(take(config.attention, machine, dtype, dit.head_dim), precision)
 
 
-def computing(modules: Modules, attention: Attention) -> Modules:
-    """The modules, made to compute so; nothing else may use them."""
-    return replace(modules, computing=use(modules.dit, modules.memory, attention))
+def _check_8_bits(
+    precision: Precision, machine: Machine, dtype: torch.dtype, dit: DiTShape
+) -> None:
+    """What PyTorch's product of rows in 8 bits asks of a device and of a model."""
+    key = "model.precision"
+    machine.require(key, str(precision), (9, 0), "take exact")
+    if dtype is not torch.bfloat16 or dit.dim % 16 or dit.ffn_dim % 16:
+        raise ConfigError(
+            f"{key}: {precision} on CUDA takes bfloat16 and widths that are multiples of 16, this "
+            f"model has {str(dtype).removeprefix('torch.')}, dit.dim {dit.dim} and dit.ffn_dim "
+            f"{dit.ffn_dim}; take exact",
+            param=key,
+        )
 
 
 def _check_kernels() -> None:

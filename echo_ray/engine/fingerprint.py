@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from echo_kernels import check_choice
-from echo_ray.model.computing import Computing
+from echo_ray.model.computing import Computing, Precision
 from echo_ray.preset import Preset
 from echo_ray.weights.modules import Modules
 
@@ -27,11 +27,12 @@ def model_identity(preset: Preset, modules: Modules) -> str:
 def numerics_of(
     device: torch.device, text: torch.device, threads: int, computing: Computing
 ) -> str:
-    """Hash of everything that decides how it is rounded."""
+    """Everything that decides how it is rounded: a hash, and before it a precision's name."""
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device) + (" reference" if check_choice() else "")
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
     all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"
     all_of_it += f"|{computing}" if str(computing) else ""
-    return hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
+    found = hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
+    return found if computing.precision is Precision.EXACT else f"{computing.precision}-{found}"

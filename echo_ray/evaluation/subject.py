@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from echo_ray.config import ModelSection
-from echo_ray.engine.build import attention_of, build_engine, computing
+from echo_ray.engine.build import build_engine, computing_of
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.errors import ConfigError
 from echo_ray.evaluation.variants import Variant, apply
+from echo_ray.model.backends import Machine
 from echo_ray.preset import CacheShape, Preset, WordTextShape, load_preset, with_codec
 from echo_ray.session.chunk import Chunk
 from echo_ray.session.engine_port import State, StreamShape
@@ -96,10 +97,10 @@ class ServedSubject:
         folder = WeightsFolder.open(weights_folder(self.config))
         device = torch.device(self.config.device)
         place = TextPlace(device=torch.device(self.config.text_device or self.config.device))
-        attention = attention_of(self.config, self.preset, device)
+        plan = computing_of(self.config, self.preset, Machine.of(device))
         modules = load_modules(self.preset, folder, device, place)
         preset, modules = apply(self.preset, modules, variant)
-        changed = ModulesSubject(preset, computing(modules, attention), device, self.config.threads)
+        changed = ModulesSubject(preset, plan.applied(modules), device, self.config.threads)
         return changed.engine(point_every=point_every)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from echo_kernels import Slots, qk_norm_rope_write, rms_norm
+from echo_ray.model.linear8 import Activation
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What computes attention: q [B, N, H, D], k and v [B, M, H, D] to [B, N, C]."""
@@ -74,7 +75,7 @@ class QKV(nn.Module):
         self.norm_q = RMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, eps) if qk_norm else nn.Identity()
 
-    def queries(self, x_BNC: Tensor) -> Tensor:
+    def queries(self, x_BNC: Activation) -> Tensor:
         q: Tensor = self.norm_q(self.q(x_BNC))
         return split_heads(q, self.num_heads)
 
@@ -87,7 +88,7 @@ class QKV(nn.Module):
 class SelfAttention(QKV):
     """Attention over the three tiers that the cache presents (spec sections 3 and 4)."""
 
-    def forward(self, x_BNC: Tensor, call: KVCall, layer: int) -> Tensor:
+    def forward(self, x_BNC: Activation, call: KVCall, layer: int) -> Tensor:
         slots = call.slots(layer)
         q_BNHD = qk_norm_rope_write(
             self.q(x_BNC), self.k(x_BNC), self.v(x_BNC),
@@ -96,7 +97,7 @@ class SelfAttention(QKV):
         out: Tensor = self.o(self.attend(q_BNHD, slots.seen_keys_BMHD, slots.seen_values_BMHD))
         return out
 
-    def write(self, x_BNC: Tensor, call: KVCall, layer: int) -> None:
+    def write(self, x_BNC: Activation, call: KVCall, layer: int) -> None:
         """Leave keys and values behind as `forward` does, attending to nothing."""
         k_BNC = self.k(x_BNC)
         # The op turns queries too: the keys stand in for them, and what comes of that is dropped.
@@ -108,6 +109,6 @@ class SelfAttention(QKV):
 class CrossAttention(QKV):
     """Attention over a prompt's keys and values, computed once per prompt; no rope, no mask."""
 
-    def forward(self, x_BNC: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
+    def forward(self, x_BNC: Activation, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
         out: Tensor = self.o(self.attend(self.queries(x_BNC), k_BMHD, v_BMHD))
         return out

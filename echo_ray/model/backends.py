@@ -9,7 +9,7 @@ Shapes: B batch, N query tokens, M key tokens, H heads, D head size, C = H * D w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from types import ModuleType
 
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from echo_ray.errors import BackendMissing, ConfigError, DeviceMissing, DeviceTooOld
 from echo_ray.model.attention import Attend, attention
+from echo_ray.model.attention8 import Attend8, Scales, plain8
 
 KEY = "model.attention"
 SPLITS = 1
@@ -71,10 +72,27 @@ class Attention:
 
     label: str
     attend: Attend
+    attend8: Attend8 | None = None
+    """The same in 8 bits, where the library has it."""
 
 
-PLAIN = Attention("plain", attention)
+PLAIN = Attention("plain", attention, plain8)
 """What a CPU computes with."""
+
+
+def choose8(name: str, machine: Machine, dtype: torch.dtype, head_dim: int) -> Attention:
+    """As `choose`, of those that have `attend8`: FlashAttention 3, and plain products.
+
+    On a GPU `auto` does not take the latter, which would be far slower than 16 bits.
+    """
+    wanted = "fa3" if name == "auto" and machine.kind == "cuda" else name
+    found = choose(wanted, machine, dtype, head_dim)
+    if found.attend8 is None:
+        raise ConfigError(
+            f"{KEY}: {name} has no 8 bits, which model.precision asks for; take fa3, or plain",
+            param=KEY,
+        )
+    return found
 
 
 def choose(name: str, machine: Machine, dtype: torch.dtype, head_dim: int) -> Attention:
@@ -93,7 +111,9 @@ def choose(name: str, machine: Machine, dtype: torch.dtype, head_dim: int) -> At
                     continue
         name = "plain"
     if name == "plain":
-        return PLAIN if machine.kind == "cpu" else _of_torch("plain", SDPBackend.MATH)
+        if machine.kind == "cpu":
+            return PLAIN
+        return replace(_of_torch("plain", SDPBackend.MATH), attend8=plain8)
     build, least = _BUILDERS[name]
     machine.require(KEY, name, least, "take auto or plain")
     if dtype is not torch.bfloat16 or head_dim % 8 or head_dim > LARGEST_HEAD:
@@ -119,7 +139,14 @@ def _fa3(machine: Machine) -> Attention:
         out: Tensor = library.flash_attn_func(q_BNHD, k_BMHD, v_BMHD, num_splits=SPLITS)
         return out.flatten(2)
 
-    return Attention(f"fa3 {version} splits={SPLITS}", attend)
+    def attend8(q: Tensor, k: Tensor, v: Tensor, scales: Scales, kind: torch.dtype) -> Tensor:
+        q_BH, k_BH, v_BH = (s.expand(q.shape[0], -1) for s in scales)
+        out: Tensor = library.flash_attn_func(
+            q, k, v, q_descale=q_BH, k_descale=k_BH, v_descale=v_BH, num_splits=SPLITS
+        )
+        return out.to(kind).flatten(2)
+
+    return Attention(f"fa3 {version} splits={SPLITS}", attend, attend8)
 
 
 def _fa2(machine: Machine) -> Attention:

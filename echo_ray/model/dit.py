@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from echo_kernels import layernorm_modulate, residual_layernorm, residual_modulate
+from echo_kernels import layernorm_modulate
 from echo_kernels.gated_residual_norm import residual
 from echo_ray.model.attention import CrossAttention, KVCall, SelfAttention
+from echo_ray.model.linear8 import EXACT, Activation, Producers
 from echo_ray.preset import DiTShape
 
 Modulation = tuple[Tensor, ...]
@@ -59,6 +60,9 @@ class Block(nn.Module):
         super().__init__()
         dim = shape.dim
         self.eps = shape.eps
+        self.producers: Producers = EXACT
+        self.next_producers: Producers = EXACT
+        """Of what this block's linear layers take, and of what those of the next one do."""
         self.self_attn = SelfAttention(dim, shape.num_heads, shape.eps, shape.qk_norm)
         self.norm3 = nn.LayerNorm(dim, shape.eps) if shape.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(dim, shape.num_heads, shape.eps, shape.qk_norm)
@@ -70,13 +74,13 @@ class Block(nn.Module):
     def forward(
         self,
         x_BNC: Tensor,
-        h_BNC: Tensor,
+        h_BNC: Activation,
         modulation: Modulation,
         following: tuple[Tensor, Tensor],
         prompt: tuple[Tensor, Tensor],
         call: KVCall,
         layer: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Activation]:
         """The stream and its next norm, from the stream and `h`, this block's first norm of it.
 
         `following`: shift and scale of what comes next, another block or the head.
@@ -85,16 +89,21 @@ class Block(nn.Module):
         y_BNC = self.self_attn(h_BNC, call, layer)
         x_BNC, h_BNC = self._into_cross(x_BNC, y_BNC, gate1)
         y_BNC = self.cross_attn(h_BNC, *prompt)
-        x_BNC, h_BNC = residual_modulate(x_BNC, y_BNC, None, shift2, scale2, self.eps)
-        return residual_modulate(x_BNC, self.ffn(h_BNC), gate2, *following, self.eps)
+        into_ffn = self.producers.residual_modulate
+        x_BNC, h_BNC = into_ffn(x_BNC, y_BNC, None, shift2, scale2, self.eps)
+        into_next = self.next_producers.residual_modulate
+        return into_next(x_BNC, self.ffn(h_BNC), gate2, *following, self.eps)
 
     def modulated(self, e0_BF6C: Tensor) -> Modulation:
         return (self.modulation + e0_BF6C).unbind(2)
 
-    def _into_cross(self, x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor) -> tuple[Tensor, Tensor]:
+    def _into_cross(
+        self, x_BNC: Tensor, y_BNC: Tensor, gate_BFC: Tensor
+    ) -> tuple[Tensor, Activation]:
         norm = self.norm3
         if isinstance(norm, nn.LayerNorm):
-            return residual_layernorm(x_BNC, y_BNC, gate_BFC, norm.weight, norm.bias, norm.eps)
+            into_cross = self.producers.residual_layernorm
+            return into_cross(x_BNC, y_BNC, gate_BFC, norm.weight, norm.bias, norm.eps)
         x_BNC = residual(x_BNC, y_BNC, gate_BFC)
         return x_BNC, x_BNC
 
@@ -158,12 +167,12 @@ class DiT(nn.Module):
         """Keys and values of prompt embeddings [B, P, text_dim], padding included, per layer."""
         context_BPC = self.text_embedding(text_BPE)
         return PromptKV(
-            tuple(block.cross_attn.keys_values(context_BPC) for block in self._blocks())
+            tuple(block.cross_attn.keys_values(context_BPC) for block in self.all_blocks())
         )
 
     def modulations(self, time: TimeCondition) -> Modulations:
         """What the blocks and the head make of a timestep; the same for every chunk."""
-        vectors = [v for block in self._blocks() for v in block.modulated(time.e0_BF6C)]
+        vectors = [v for block in self.all_blocks() for v in block.modulated(time.e0_BF6C)]
         return Modulations(torch.stack([*vectors, *self.head.modulated(time.e_BFC)]))
 
     def forward(
@@ -171,7 +180,7 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Flow of the same layout as the input."""
         x_BNC, h_BNC = self._patches(x_BFCHW, modulations)
-        for layer, block in enumerate(self._blocks()):
+        for layer, block in enumerate(self.all_blocks()):
             x_BNC, h_BNC = block(
                 x_BNC, h_BNC, modulations.block(layer), modulations.following(layer),
                 prompt.layers[layer], call, layer,
@@ -184,7 +193,7 @@ class DiT(nn.Module):
         """Leave the keys and values of a forward behind, and compute nothing that only its flow
         needs: of the last block that is all but two projections."""
         x_BNC, h_BNC = self._patches(x_BFCHW, modulations)
-        *before, last = self._blocks()
+        *before, last = self.all_blocks()
         for layer, block in enumerate(before):
             x_BNC, h_BNC = block(
                 x_BNC, h_BNC, modulations.block(layer), modulations.following(layer),
@@ -192,13 +201,14 @@ class DiT(nn.Module):
             )  # fmt: skip
         last.self_attn.write(h_BNC, call, len(before))
 
-    def _patches(self, x_BFCHW: Tensor, modulations: Modulations) -> tuple[Tensor, Tensor]:
+    def _patches(self, x_BFCHW: Tensor, modulations: Modulations) -> tuple[Tensor, Activation]:
         """The stream before the first block, and that block's norm of it."""
         x_BNC = self.patch_embedding(x_BFCHW.transpose(1, 2)).flatten(2).transpose(1, 2)
         shift, scale, *_ = modulations.block(0)
-        return x_BNC, layernorm_modulate(x_BNC, shift, scale, self.shape.eps)
+        producers = self.all_blocks()[0].producers
+        return x_BNC, producers.layernorm_modulate(x_BNC, shift, scale, self.shape.eps)
 
-    def _blocks(self) -> list[Block]:
+    def all_blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
 
     def _unpatchify(self, y_BNV: Tensor, frames: int) -> Tensor:

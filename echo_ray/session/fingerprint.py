@@ -1,7 +1,8 @@
 """Whether an engine may go on with a session that another one made: by fingerprint and policy.
 
 A fingerprint is `MODEL/IDENTITY/NUMERICS`. The first two say what is computed (preset with its
-dtype, weights, code epoch); the last how it is rounded (kind of device, threads, libraries).
+dtype, weights, code epoch); the last how it is rounded (kind of device, threads, libraries, whose
+attention, precision).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def unfit(made_by: str, engine: str) -> NoFittingReplica:
     if fit(made_by, engine) is Fit.OTHER_MODEL:
         why, remedy = "other weights or other code", "run the release that made it"
     else:
-        why = "another kind of device or other libraries, and session.resume_policy is exact"
+        differs = "another kind of device, other libraries or another precision"
+        why = f"{differs}, and session.resume_policy is exact"
         remedy = "run one like it, or set compatible to go on with a mark"
     return NoFittingReplica(
         f"the session was made by {made_by}, here runs {engine}: {why}; it waits, nothing is lost: "

@@ -22,6 +22,7 @@ from echo_ray.engine.fingerprint import numerics_of
 from echo_ray.errors import BackendMissing, ConfigError, DeviceMissing, DeviceTooOld
 from echo_ray.model import backends
 from echo_ray.model.attention import CrossAttention, SelfAttention, attention
+from echo_ray.model.attention8 import Scales
 from echo_ray.model.backends import EXACT_CUDNN, PLAIN, Machine, choose
 from echo_ray.model.computing import Computing, use
 from echo_ray.model.memory import EncoderLayer
@@ -226,7 +227,7 @@ def test_every_attention_of_a_model_is_the_one_chosen() -> None:
         if isinstance(m, SelfAttention | CrossAttention | EncoderLayer)
     ]
     assert found == [other] * 5
-    assert str(computing) == "other 1"
+    assert str(computing) == "other 1 exact"
 
 
 def test_the_choice_is_part_of_the_fingerprint() -> None:
@@ -258,3 +259,18 @@ def test_nothing_is_imported_unless_it_is_chosen(
     assert touched == []
     choose("auto", H100, BF16, 128)
     assert touched == ["flash_attn_interface"]
+
+
+def test_fa3_is_given_8_bits_with_a_scale_for_each_head(install: Callable[[str], Library]) -> None:
+    library = install("flash_attn_interface")
+    found = backends.choose8("auto", H100, BF16, 8)
+    assert found.attend8 is not None
+    scales = Scales(*(torch.tensor([1.0, 2.0, 4.0]) * n for n in (1, 2, 4)))
+    q, k, v = qkv()
+    out = found.attend8(q, k, v, scales, BF16)
+    assert (out.shape, out.dtype) == ((2, 4, 24), BF16)
+    (given,) = library.calls
+    assert given.pop("num_splits") == 1
+    for name, expected in zip(("q", "k", "v"), scales, strict=True):
+        assert torch.equal(given.pop(f"{name}_descale"), torch.stack([expected] * 2))
+    assert given == {}
