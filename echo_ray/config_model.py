@@ -34,6 +34,8 @@ class ModelSection:
     """One of `ATTENTIONS`; `auto` takes the best that the device has. Part of the fingerprint."""
     precision: str = "exact"
     """One of `PRECISIONS`. What is not `exact` rounds more; named in the fingerprint."""
+    graphs: bool = True
+    """Replay forwards as CUDA graphs; False runs each operation anew, as a CPU always does."""
 
     def __post_init__(self) -> None:
         require(bool(self.preset), "model.preset", self.preset, "name a preset")

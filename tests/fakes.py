@@ -115,6 +115,8 @@ class FakeEngine:
         self.loaded: list[int] = []
         self.opened_with: list[int] = []
         """Frames of the clip at every `open`."""
+        self.held: list[FakeState] = []
+        """States that were opened or loaded and not closed."""
         self.may_step = threading.Event()
         self.may_step.set()
 
@@ -127,7 +129,7 @@ class FakeEngine:
             raise InvalidRequestError(f"{len(first_frames)} bytes are no whole chunks")
         self.opened_with.append(count)
         hidden = _hash(b"open", prompt, seed, hashlib.sha256(first_frames).digest())
-        return FakeState(hidden, prompt, 0, self.shape.point_every)
+        return self._hold(FakeState(hidden, prompt, 0, self.shape.point_every))
 
     def begin(self, state: FakeState, prompts: Sequence[str] = ()) -> FakeStep:
         if state.stepping:
@@ -182,6 +184,11 @@ class FakeEngine:
     def save(self, state: FakeState) -> Snapshot:
         return self.saving(state)()
 
+    def close(self, state: FakeState) -> None:
+        state.broken = True
+        if state in self.held:
+            self.held.remove(state)
+
     def state_bytes(self, state: FakeState) -> int:
         return len(state.hidden)
 
@@ -193,12 +200,12 @@ class FakeEngine:
             raise SnapshotForeign(f"snapshot of {snapshot.fingerprint!r}, not {self.fingerprint!r}")
         header = snapshot.header
         self.loaded.append(header["next_index"])
-        return FakeState(
-            snapshot.tensors["hidden"].data,
-            header["prompt"],
-            header["next_index"],
-            self.shape.point_every,
-        )
+        hidden, at = snapshot.tensors["hidden"].data, header["next_index"]
+        return self._hold(FakeState(hidden, header["prompt"], at, self.shape.point_every))
+
+    def _hold(self, state: FakeState) -> FakeState:
+        self.held.append(state)
+        return state
 
 
 def build_fake_engine(section: object) -> FakeEngine:

@@ -54,7 +54,13 @@ def build_engine(config: ModelSection) -> EchoEngine:
     text = TextPlace(device=text_device, keep=config.keep_text_encoder)
     modules = plan.applied(load_modules(preset, folder, device, text))
     return EchoEngine(
-        preset, modules, device, config.threads, prompts_kept=config.prompts_kept, text=text_device
+        preset,
+        modules,
+        device,
+        config.threads,
+        prompts_kept=config.prompts_kept,
+        text=text_device,
+        graphs=config.graphs,
     )
 
 

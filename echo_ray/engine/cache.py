@@ -1,4 +1,4 @@
-"""The preallocated window of one session: static slots, written and viewed, never rebuilt.
+"""The window of one session over an arena's slots: written and viewed, never rebuilt.
 
 Per layer the tiers lie side by side as [memory | sink | local, oldest first]. The memory tier comes
 first because it is the one that may be absent: then every phase of a session (sink alone, growing
@@ -12,12 +12,13 @@ Shapes: Y layers, B batch, N tokens, H heads, D head size, T tokens per frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from echo_kernels import Slots, chunk_advance, place_memory
+from echo_ray.engine.arena import Arena
+from echo_ray.engine.graphs import Graphs
 from echo_ray.errors import EngineError
 from echo_ray.model.policies.policy import CachePolicy, CallFrames, Layout
 from echo_ray.model.rope import FrameRope
@@ -28,50 +29,81 @@ from echo_ray.preset import CacheShape, DiTShape
 class WindowCall:
     """One forward pass over the window (implements `echo_ray.model.attention.KVCall`)."""
 
+    query_rope: Tensor
+    key_rope: Tensor
     _window: Window
-    _query_rope: Tensor
-    _key_rope: Tensor
     _write: slice
     """Tokens of the sink and local tiers that the call writes, its last ones."""
     _first: int
     """First token presented: 0 with memory, the sink's first without."""
 
     def slots(self, layer: int) -> Slots:
-        return self._window.slots(layer, self._query_rope, self._key_rope, self._write, self._first)
+        return self._window.slots(layer, self.query_rope, self.key_rope, self._write, self._first)
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Which slots are written and which are seen: what a recording of the call fixes."""
+        return self._write.start, self._write.stop, self._first
+
+    def turned_by(self, query_rope: Tensor, key_rope: Tensor) -> WindowCall:
+        """The same call with these tables."""
+        return replace(self, query_rope=query_rope, key_rope=key_rope)
 
 
 class Window:
-    """Keys and values of one session on one device."""
+    """Keys and values of one session on one device, in an arena that is its own while it lives."""
 
-    def __init__(
-        self,
-        dit: DiTShape,
-        cache: CacheShape,
-        policy: CachePolicy,
-        *,
-        batch: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, dit: DiTShape, cache: CacheShape, policy: CachePolicy, arena: Arena) -> None:
         self._tokens = dit.tokens_per_frame
         self._cache = cache
         self._policy = policy
-        self._rope = FrameRope(dit.grid_height, dit.grid_width, dit.head_dim, str(device))
+        self._arena: Arena | None = arena
+        device = str(arena.raw_YBNHD.device)
+        self._rope = FrameRope(dit.grid_height, dit.grid_width, dit.head_dim, device)
         self._memory_tokens = cache.memory_frames * self._tokens
-        window = cache.window_frames * self._tokens
-        tail = (dit.num_heads, dit.head_dim)
-
-        def slots(count: int) -> Tensor:
-            return torch.zeros(dit.num_layers, batch, count, *tail, device=device, dtype=dtype)
-
-        self._raw_YBNHD = slots(window)
-        self._keys_YBNHD = slots(self._memory_tokens + window)
-        self._values_YBNHD = slots(self._memory_tokens + window)
         self._memory_k_BNHD: Tensor | None = None
         self._memory_v_BNHD: Tensor | None = None
         self._memory_positions: tuple[int, ...] = ()
         self._frames: list[int] = []
         self._positions: list[int | None] = []
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What records forwards over this window's arena; None where all run eagerly."""
+        return self.arena.graphs
+
+    @property
+    def arena(self) -> Arena:
+        """Raises `EngineError` once the window is closed."""
+        if self._arena is None:
+            raise EngineError("the state is closed: open or load the session again")
+        return self._arena
+
+    @property
+    def closed(self) -> bool:
+        return self._arena is None
+
+    def close(self) -> Arena:
+        """Part with the arena; the window cannot be used any more."""
+        arena, self._arena = self.arena, None
+        return arena
+
+    def tensors(self) -> list[Tensor]:
+        """All that the window holds."""
+        own = [t for t in (self._memory_k_BNHD, self._memory_v_BNHD) if t is not None]
+        return own if self._arena is None else [*self._arena.tensors(), *own]
+
+    @property
+    def _raw_YBNHD(self) -> Tensor:
+        return self.arena.raw_YBNHD
+
+    @property
+    def _keys_YBNHD(self) -> Tensor:
+        return self.arena.keys_YBNHD
+
+    @property
+    def _values_YBNHD(self) -> Tensor:
+        return self.arena.values_YBNHD
 
     @property
     def frames(self) -> Sequence[int]:
@@ -154,9 +186,9 @@ class Window:
             self._place_memory(layout.memory)
         t = self._tokens
         return WindowCall(
+            query_rope=self._rope.table(layout.query),
+            key_rope=self._rope.table(positions[written:]),
             _window=self,
-            _query_rope=self._rope.table(layout.query),
-            _key_rope=self._rope.table(positions[written:]),
             _write=slice(written * t, held * t),
             _first=0 if memory_frames else self._memory_tokens,
         )

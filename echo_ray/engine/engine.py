@@ -21,6 +21,7 @@ from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
 from echo_ray.engine.generator import Generator, LatentState
 from echo_ray.engine.lanes import Mark, lanes_of
+from echo_ray.engine.graphs import CudaRecorder
 from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
 from echo_ray.engine.slices import Slices
@@ -53,8 +54,12 @@ class EchoEngine:
         *,
         prompts_kept: int = 64,
         text: torch.device | None = None,
+        graphs: bool = True,
     ) -> None:
-        """`text`: where prompts are encoded, if not on `device`."""
+        """`text`: where prompts are encoded, if not on `device`.
+
+        `graphs`: replay forwards as CUDA graphs; without CUDA every forward runs eagerly.
+        """
         self._preset = preset
         self._modules = modules
         self._device = device
@@ -62,7 +67,12 @@ class EchoEngine:
         self._lanes = lanes_of(device)
         self._shape = stream_shape(preset)
         self._generator = Generator(
-            modules.dit, modules.memory, preset.cache, preset.sampler, modules.codec.rebuild_latents
+            modules.dit,
+            modules.memory,
+            preset.cache,
+            preset.sampler,
+            modules.codec.rebuild_latents,
+            recorder=CudaRecorder() if graphs and device.type == "cuda" else None,
         )
         self._prompts = PromptBook(modules.text, prompts_kept)
         numerics = numerics_of(device, text or device, threads, modules.computing)
@@ -88,8 +98,8 @@ class EchoEngine:
             )
         with self._running():
             written = self._look_up(prompt)
-            latent = self._generator.start(self._embed(written))
             given = self._encoded(first_frames)
+            latent = self._generator.start(self._embed(written))
         return self._state(written, written, seed, latent, given, DriftState())
 
     def begin(self, state: SessionState, prompts: Sequence[str] = ()) -> EngineStep:
@@ -184,12 +194,16 @@ class EchoEngine:
                 state.decoder = self._rebuilt_decoder(latent)
         return state
 
+    def close(self, state: SessionState) -> None:
+        """Give back what the state holds; see `Engine.close`."""
+        self._generator.close(state.latent)
+
     def state_bytes(self, state: SessionState) -> int:
         return state_bytes(state)
 
     def memory(self) -> Mapping[str, int]:
-        """See `footprint.device_memory`."""
-        return device_memory(self._device)
+        """`footprint.device_memory`, and of it `arenas`: windows, leased or free."""
+        return device_memory(self._device) | {"arenas": self._generator.arenas.size_bytes}
 
     def _latent(self, compact: CompactState) -> LatentState:
         """A stream at the compact state, its window still empty; geometry is checked here."""

@@ -23,7 +23,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Window):
-        yield from _tensors([part for part in vars(value).values() if isinstance(part, Tensor)])
+        yield from value.tensors()
     elif isinstance(value, Mapping):
         yield from _tensors(list(value.values()))
     elif isinstance(value, list | tuple):

@@ -19,14 +19,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echo_ray.engine.arena import Arena, Arenas
 from echo_ray.engine.cache import Window
 from echo_ray.engine.slices import Slices, whole
+from echo_ray.engine.forward import Forward
+from echo_ray.engine.graphs import Graphs, Recorder
 from echo_ray.model.dit import DiT, Modulations, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.policies.choose import choose_policy
 from echo_ray.model.policies.policy import CallFrames
 from echo_ray.model.sampler import Schedule, clean_from_flow, noise_from_flow, renoise
 from echo_ray.preset import CacheShape, SamplerShape
+
+ARENAS_KEPT = 4
+"""Free arenas that stay allocated for the next sessions."""
 
 Noise = Callable[[int, int], Tensor]
 """(chunk index, denoising step) -> Gaussian noise [B, F, C, H, W]; step 0 is the initial noise."""
@@ -62,14 +68,22 @@ class Generator:
         cache: CacheShape,
         sampler: SamplerShape,
         kept_latents: int = 0,
+        *,
+        recorder: Recorder | None = None,
+        arenas_kept: int = ARENAS_KEPT,
     ) -> None:
-        """`kept_latents`: how many clean latents a decoder wants to be rebuilt from."""
+        """`kept_latents`: how many clean latents a decoder wants to be rebuilt from.
+
+        `recorder`: records a chunk's forwards to be replayed; None: every forward runs eagerly.
+        """
         self.dit = dit
         self.memory = memory
         self.cache = cache
         self.history_frames = max(cache.history_frames, kept_latents)
         self.policy = choose_policy(cache)
         self.schedule = Schedule(sampler)
+        self.arenas = Arenas(self._arena, arenas_kept)
+        self._recorder = recorder
         self._modulations: dict[tuple[float, int, int], Modulations] = {}
 
     @property
@@ -89,9 +103,7 @@ class Generator:
         )  # fmt: skip
         prompt = self.dit.encode_prompt(text_BPE)
         return LatentState(
-            window=Window(
-                shape, self.cache, self.policy, batch=batch, device=self.device, dtype=self.dtype
-            ),
+            window=Window(shape, self.cache, self.policy, self.arenas.lease(batch)),
             prompt=prompt,
             sink_prompt=prompt,
             query_BMC=self.memory.initial(batch) if self.memory else None,
@@ -101,6 +113,11 @@ class Generator:
             history_BFCHW=nothing,
             next_chunk=0,
         )
+
+    def close(self, state: LatentState) -> None:
+        """Give the state's arena back; the state cannot be used any more. Twice does no harm."""
+        if not state.window.closed:
+            self.arenas.give_back(state.window.close())
 
     def generate(self, state: LatentState, noise: Noise) -> Tensor:
         """Denoise the next chunk and let it join the past; returns its clean latents."""
@@ -237,8 +254,9 @@ class Generator:
         """What the transformer makes of the chunk at `first`; its keys and values are written."""
         count = x.shape[1]
         call = state.window.call(first, count, see_memory=see_memory)
-        flow: Tensor = self.dit(x, self._modulated(timestep, x.shape[0], count), state.prompt, call)
-        return flow
+        modulations = self._modulated(timestep, x.shape[0], count)
+        forward = Forward(x, modulations, state.prompt, call)
+        return forward.flow(self.dit, self._graphs(state, count))
 
     def _context_pass(
         self,
@@ -254,7 +272,19 @@ class Generator:
         count = latents.shape[1]
         call = state.window.call(first, count, see_memory=see_memory, keep_sink=keep_sink)
         modulations = self._modulated(self.schedule.context_noise, latents.shape[0], count)
-        self.dit.remember(latents, modulations, prompt or state.prompt, call)
+        forward = Forward(latents, modulations, prompt or state.prompt, call)
+        forward.context(self.dit, self._graphs(state, count))
+
+    def _graphs(self, state: LatentState, frames: int) -> Graphs | None:
+        """A recache, of more frames than a chunk, is too rare to be worth a recording."""
+        return state.window.graphs if frames == self.cache.frames_per_chunk else None
+
+    def _arena(self, batch: int) -> Arena:
+        graphs = None if self._recorder is None else Graphs(self._recorder)
+        return Arena(
+            self.dit.shape, self.cache,
+            batch=batch, device=self.device, dtype=self.dtype, graphs=graphs,
+        )  # fmt: skip
 
     def _recache(self, state: LatentState, end: int) -> None:
         """One unmasked forward over the held frames under the new prompt."""

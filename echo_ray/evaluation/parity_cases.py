@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from echo_kernels.rotate import rotate
+from echo_ray.engine.arena import Arena
 from echo_ray.engine.cache import Window
 from echo_ray.engine.generator import Generator
 from echo_ray.errors import InvalidRequestError
@@ -147,9 +148,8 @@ def dit_forward(manifest: Manifest, tensors: Tensors, weights: Tensors) -> Tenso
     cache = _cache_shape(manifest)
     x, t = tensors["in.x"], tensors["in.timestep"]
     frames = int(manifest["frames"])
-    window = Window(
-        dit.shape, cache, choose_policy(cache), batch=x.shape[0], device=x.device, dtype=x.dtype
-    )
+    arena = Arena(dit.shape, cache, batch=x.shape[0], device=x.device, dtype=x.dtype)
+    window = Window(dit.shape, cache, choose_policy(cache), arena)
     window.advance(0, frames)
     call = window.call(0, frames, see_memory=False)
     prompt = dit.encode_prompt(tensors["in.prompt_embeds"])

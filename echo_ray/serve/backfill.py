@@ -42,7 +42,7 @@ class Backfill:
         """When the past needs the engine thread next; None while nobody asks for any."""
         wanted = self._runner.past_wanted()
         if wanted is None:
-            self._forget()
+            self.forget()
             return None
         if self._fetching is not None and not self._fetching.done():
             return None
@@ -69,7 +69,10 @@ class Backfill:
         except Exception as error:
             self._failed(error)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of the state, and of what was fetched."""
+        if self._state is not None:
+            self._bench.engine.close(self._state)
         self._state = self._fetched = self._fetching = None
 
     def _load(self) -> None:
@@ -106,7 +109,7 @@ class Backfill:
         known = fetched is not None and index < fetched.record.next_index
         if fetched is None or not known or (needed is not None and index > needed):
             # The log that was fetched ends here, or somebody asks for what lies further back.
-            self._forget()
+            self.forget()
             return
         segment = self._bench.step(state, self._controls)
         self._made += 1
@@ -122,7 +125,7 @@ class Backfill:
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._bench.accounts.engine_failed(self._runner.session_id, self._failures, error)
-        self._forget()
+        self.forget()
         self._retry_at_s = self._served_s + RETRY_AFTER_S
         if self._failures >= FAILURES_IN_A_ROW or isinstance(error, ClipLost):
             self._runner.past_begins_at(None)

@@ -44,6 +44,7 @@ class Bench:
             return self.engine.open(record.prompt, record.seed, fetched.first_frames)
         state = self.engine.load(fetched.snapshot)
         if state.next_index != fetched.index:
+            self.engine.close(state)
             raise SnapshotCorrupt(
                 f"the snapshot is of chunk {state.next_index}, its reference says {fetched.index}; "
                 "it is of another point or another session"

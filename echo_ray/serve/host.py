@@ -261,6 +261,8 @@ class SessionHost:
                     f"session {record.id!r} runs here under the newer epoch {held.lease.epoch}"
                 )
             self._check_room(record.id)
+            if here is not None:
+                self._stepper.let_go(here[1])
             runner = self._new_runner(record, lease)
             works = (Progress(runner, self._bench), Backfill(runner, self._bench))
             self._sessions[record.id] = (runner, works)
@@ -292,6 +294,7 @@ class SessionHost:
         with self._changed:
             here = self._sessions.get(runner.session_id)
             if here is not None and here[0] is runner:
+                self._stepper.let_go(here[1])
                 del self._sessions[runner.session_id]
 
     # Giving up

@@ -85,7 +85,7 @@ class Progress:
             except Exception as error:
                 self._failed(error, used)
         if runner.ended is not None:
-            self._forget()
+            self.forget()
 
     def _work(self, used: LeaseView | None) -> None:
         work, state, segment = owning.work(self.runner.now), self._state, self._unconfirmed
@@ -110,12 +110,15 @@ class Progress:
     def _carry_out(self, effects: tuple[Effect, ...]) -> None:
         runner, accounts, clock = self.runner, self._bench.accounts, self._bench.clock
         if Effect.DROP_STATE in effects:
-            self._forget()
+            self.forget()
         if Effect.RESUMED in effects:
             took_s = clock.monotonic() - runner.now.arrived_s
             accounts.resumed(runner.session_id, took_s, runner.now.replayed)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of the state, and of all that belongs to it."""
+        if self._state is not None:
+            self._bench.engine.close(self._state)
         self._state = self._unconfirmed = self._fetching = None
         self.runner.state_bytes = 0
 

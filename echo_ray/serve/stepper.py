@@ -25,6 +25,10 @@ class Work(Protocol):
 
     def work(self) -> None: ...
 
+    def forget(self) -> None:
+        """Let go of everything that the engine made; called last, and on its thread."""
+        ...
+
 
 class Stepper:
     """The engine thread. `sessions` names who takes part, `changed` tells that this may differ."""
@@ -44,6 +48,7 @@ class Stepper:
         self._changed = changed
         self._warm_up_chunks = warm_up_chunks
         self._sessions: Callable[[], Iterable[Work]] = lambda: ()
+        self._over: list[Work] = []
         self._engine: Engine | None = None
         self._failure: BaseException | None = None
         self._busy_since_s: float | None = None
@@ -63,6 +68,12 @@ class Stepper:
         """From now on work on these."""
         with self._changed:
             self._sessions = sessions
+            self._changed.notify_all()
+
+    def let_go(self, works: Iterable[Work]) -> None:
+        """These take turns no more: the engine thread has them forget what they hold."""
+        with self._changed:
+            self._over += works
             self._changed.notify_all()
 
     def stop(self, timeout_s: float) -> bool:
@@ -107,6 +118,7 @@ class Stepper:
             began_s = self._clock.monotonic()
             engine.step(state)
             seconds.append(self._clock.monotonic() - began_s)
+        engine.close(state)
         # Whatever else starts on the machine at the same time is not the device's own slowness.
         self.warm_up_seconds = min(seconds)
 
@@ -120,6 +132,8 @@ class Stepper:
         """Wait for the next piece of work; None when stopping."""
         with self._changed:
             while not self._stopping:
+                while self._over:
+                    self._over.pop().forget()
                 now_s = self._clock.monotonic()
                 due: dict[str, Work] = {}
                 turns: list[Turn] = []

@@ -138,6 +138,13 @@ class Engine(Protocol):
         """The state that `save` was given. Raises `SnapshotError` on any part that does not fit."""
         ...
 
+    def close(self, state: State) -> None:
+        """Give back what a state holds, which cannot be used any more; twice does no harm.
+
+        A state that is dropped without it is freed, but what it held is not used again.
+        """
+        ...
+
     def state_bytes(self, state: State) -> int:
         """Memory of a state, window and decoder included."""
         ...
