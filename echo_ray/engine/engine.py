@@ -20,8 +20,8 @@ from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, re
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
 from echo_ray.engine.generator import Generator, LatentState
-from echo_ray.engine.lanes import Mark, lanes_of
 from echo_ray.engine.graphs import CudaRecorder
+from echo_ray.engine.lanes import Mark, lanes_of
 from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
 from echo_ray.engine.slices import Slices

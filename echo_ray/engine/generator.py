@@ -21,9 +21,9 @@ from torch import Tensor
 
 from echo_ray.engine.arena import Arena, Arenas
 from echo_ray.engine.cache import Window
-from echo_ray.engine.slices import Slices, whole
 from echo_ray.engine.forward import Forward
 from echo_ray.engine.graphs import Graphs, Recorder
+from echo_ray.engine.slices import Slices, whole
 from echo_ray.model.dit import DiT, Modulations, PromptKV
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.policies.choose import choose_policy
