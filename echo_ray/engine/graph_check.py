@@ -12,17 +12,15 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echo_ray.engine.graphs import Recording, Work
 from echo_ray.errors import EngineError
 
-HOST_READS = (
-    "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique",
-    "unique_consecutive", "_unique2",
-)  # fmt: skip
-"""Operations whose result, or its size, the host has to wait for."""
+HOST_READS = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+"""Marks of operations whose result, or its size, the host has to wait for."""
 CROSSINGS = ("_to_copy", "copy_", "lift_fresh")
 """Operations that can move data from one device to another."""
 
@@ -39,8 +37,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Without gradients operations arrive here before they are taken apart.
+        with self:
+            whole = func.decompose(*args, **(kwargs or {}))
+        if whole is not NotImplemented:
+            return whole
         name = func.overloadpacket.__name__
-        if name in HOST_READS or (name in CROSSINGS and _crosses(args, kwargs or {})):
+        if _reads(func, args) or (name in CROSSINGS and _crosses(args, kwargs or {})):
             raise EngineError(f"operation {len(self.operations)}, {name}, waits for the device")
         self.operations.append((str(func), self._seen((args, kwargs or {}))))
         known = {_storage(t) for t in _tensors((args, kwargs or {}))}
@@ -132,6 +135,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _reads(func: Any, args: Any) -> bool:
+    """Whether the host waits for it. Indices are places; only a mask's have to be counted."""
+    if func.overloadpacket.__name__.startswith(("index", "_index", "_unsafe_index")):
+        return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1:2]))
+    return not HOST_READS.isdisjoint(func.tags)
 
 
 def _crosses(args: Any, kwargs: dict[str, Any]) -> bool:
