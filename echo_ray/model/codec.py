@@ -12,15 +12,18 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from echo_ray.errors import InvalidRequestError
-from echo_ray.model.history import BEGUN, begun_flag
+from echo_ray.errors import EngineError, InvalidRequestError
+from echo_ray.model.history import BEGUN, History, begun_flag
 
 CodecState = dict[str, Tensor]
-"""What a decoder keeps of the latents before; never changed in place but for who asks for it."""
+"""What a decoder keeps of the latents before; changed in place by `decode_fixed` only."""
 
 
 class Codec(nn.Module, ABC):
     """A causal video autoencoder: 1 + 4k frames are 1 + k latents."""
+
+    time_dim = 1
+    """Where the frames are in what a decoder keeps."""
 
     def __init__(self, channels: int, temporal_stride: int, spatial_stride: int) -> None:
         super().__init__()
@@ -69,30 +72,53 @@ class Codec(nn.Module, ABC):
         parts = [latents_BFChw.new_zeros(size, dtype=torch.float32)]
         for index, latent_BChw in enumerate(latents_BFChw.unbind(1)):
             # From the second latent on the state is this call's own.
-            frames, state = self.decode_next(latent_BChw, state, in_place=index > 0)
-            parts.append(frames)
+            history = History.of_stream(state, self.time_dim, in_place=index > 0)
+            parts.append(self.decode_step(latent_BChw, history))
+            state = history.state()
         return torch.cat(parts, dim=1), state
 
-    @abstractmethod
-    def decode_next(
-        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
-    ) -> tuple[Tensor, CodecState]:
-        """The frames of one latent, as `decode` gives them, and the state after it.
+    def decode_next(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
+        """The frames of one latent, as `decode` gives them, and the state after it."""
+        history = History.of_stream(state, self.time_dim)
+        return self.decode_step(latent_BChw, history), history.state()
 
-        `in_place`: the state after it lies where the one before it lay, which is lost. With a
-        `fixed_state` nothing moves between calls then, and the device work depends on no value, so
-        a device graph can record a call: once for a stream's first latent, once for all others. A
-        replay knows nothing of the flag `begun`, which lies on the host.
+    def decode_fixed(self, latent_BChw: Tensor, state: CodecState, *, first: bool) -> Tensor:
+        """As `decode_next`, but a `fixed_state` becomes the state after it, where it lies.
+
+        `first`: this is a stream's first latent; the flag in `state` is neither read nor changed.
+        No value decides what runs, nothing but the frames outlives the call, and every call finds
+        what it reads and writes at the same addresses: a device graph can record it, once for a
+        stream's first latent and once for all others. Raises `EngineError` for another state.
         """
+        history = History(state, first=first, time_dim=self.time_dim, in_place=True)
+        frames = self.decode_step(latent_BChw, history)
+        if lacking := sorted(history.after.keys() - state.keys()):
+            raise EngineError(f"state has no room for {lacking[0]}; make it with fixed_state")
+        return frames
 
     def fixed_state(self, latent_BChw: Tensor) -> CodecState:
         """The initial state with room for every past of a stream of such latents.
 
-        Decodes one latent of zeros, so whatever the codec makes once for a device is made, too.
+        Decodes one latent of zeros, so whatever a codec makes once for a device is made, too.
         """
-        nothing = torch.zeros_like(latent_BChw)
-        _, state = self.decode_next(nothing, self.midstream_state())
+        _, state = self.decode_next(torch.zeros_like(latent_BChw), self.midstream_state())
         return {key: torch.zeros_like(past) for key, past in state.items()}
+
+    @abstractmethod
+    def decode_step(self, latent_BChw: Tensor, history: History) -> Tensor:
+        """The frames of one latent, whose past is in `history` and goes on there."""
+
+    def lie_channels_last(self) -> None:
+        """Lay weights out as a GPU's convolutions read them; what they compute lies so, too.
+
+        Frames change by rounding. PyTorch's 16-bit convolutions over time use cuDNN 9.8 to 9.14 in
+        this layout only; in the other one a GPU turns every input and output around.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last_3d)
+            elif isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.contiguous(memory_format=torch.channels_last)
 
     def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents; `first`: they start where the stream starts."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from echo_ray.model.codec import Codec, CodecState
-from echo_ray.model.history import BEGUN
+from echo_ray.model.history import History
 from echo_ray.preset import GroupCodecShape
 
 NORM_GROUPS = 8
@@ -116,16 +116,12 @@ class GroupCodec(Codec):
         out: Tensor = (self.decoder(raw) + 1) / 2
         return out
 
-    def decode_next(
-        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
-    ) -> tuple[Tensor, CodecState]:
+    def decode_step(self, latent_BChw: Tensor, history: History) -> Tensor:
         """A group's frames; of the stream's first latent only the last is one of the video."""
         groups_GCHW = self.decode_groups(latent_BChw).float().clamp(0.0, 1.0)
         batch, _, height, width = groups_GCHW.shape
         frames = groups_GCHW.view(batch, self.temporal_stride, 3, height, width)
-        # A host tensor, so reading it never waits for a device.
-        begun = bool(state[BEGUN])
-        return frames if begun else frames[:, -1:], self.midstream_state()
+        return frames[:, -1:] if history.first else frames
 
     def rebuild(self, latents_BFChw: Tensor, first: bool) -> CodecState:
         """State after the given trailing latents, which need not be decoded for it."""

@@ -14,7 +14,7 @@ Shapes: P past frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -55,35 +55,37 @@ class History:
     def room(self, key: str, like: Tensor, frames: int) -> Tensor:
         """Where to put the last `frames` frames that the layer saw; in place it is its past."""
         if key not in self.after:
-            size = self._sized(like, frames)
-            layout = layout_of(like)
-            self.after[key] = torch.empty(
-                size, dtype=like.dtype, device=like.device, memory_format=layout
-            )
+            self.after[key] = self._empty(like, frames)
         return self.after[key]
 
     def join(self, key: str, x: Tensor, frames: int) -> Tensor:
         """The last `frames` frames that the layer `key` saw, followed by `x`; keeps the newest."""
-        room, past_P = self.room(key, x, frames), self.past(key)
-        joined = torch.cat([torch.zeros_like(room) if past_P is None else past_P, x], dim=self._dim)
-        room.copy_(self._newest(joined, frames))
+        past_P, new = self.past(key), x.shape[self._dim]
+        joined = self._empty(x, frames + new)
+        seen = joined.narrow(self._dim, 0, frames)
+        if past_P is None:
+            seen.zero_()
+        else:
+            seen.copy_(past_P)
+        joined.narrow(self._dim, frames, new).copy_(x)
+        self.keep(key, joined, frames)
         return joined
 
     def keep(self, key: str, x: Tensor, frames: int) -> None:
         """Note the last `frames` frames of `x` for the layer's next step."""
-        self.room(key, x, frames).copy_(self._newest(x, frames))
+        newest = x.narrow(self._dim, x.shape[self._dim] - frames, frames)
+        self.room(key, x, frames).copy_(newest)
 
     def state(self) -> dict[str, Tensor]:
         """The state after this step."""
         return {**self.after, BEGUN: begun_flag(True)}
 
-    def _newest(self, x: Tensor, frames: int) -> Tensor:
-        return x.narrow(self._dim, x.shape[self._dim] - frames, frames)
-
-    def _sized(self, x: Tensor, frames: int) -> Sequence[int]:
-        size = list(x.shape)
+    def _empty(self, like: Tensor, frames: int) -> Tensor:
+        size = list(like.shape)
         size[self._dim] = frames
-        return size
+        return torch.empty(
+            size, dtype=like.dtype, device=like.device, memory_format=layout_of(like)
+        )
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

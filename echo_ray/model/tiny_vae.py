@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as fn
 
 from echo_ray.model.codec import Codec, CodecState
-from echo_ray.model.history import History
+from echo_ray.model.history import History, layout_of
 from echo_ray.preset import TinyVaeShape
 
-TIME_DIM = 1
 BLOCKS_PER_LEVEL = 3
 DECODER_TIME = (1, 2, 2)
 ENCODER_TIME = (2, 2, 1)
@@ -47,9 +46,19 @@ class MemoryBlock(nn.Module):
         self.key = ""
 
     def step(self, x_BTCHW: Tensor, history: History) -> Tensor:
-        before_BTCHW = history.join(self.key, x_BTCHW, 1)[:, :-1]
-        pair = torch.cat([x_BTCHW, before_BTCHW], dim=2).flatten(0, 1)
-        return fn.relu(self.conv(pair).view_as(x_BTCHW) + x_BTCHW)
+        b, t, c, h, w = x_BTCHW.shape
+        last_B1CHW = history.past(self.key)
+        pair_GCHW = torch.empty(
+            (b * t, 2 * c, h, w), dtype=x_BTCHW.dtype, device=x_BTCHW.device,
+            memory_format=layout_of(x_BTCHW.flatten(0, 1)),
+        )  # fmt: skip
+        pair_BTCHW = pair_GCHW.view(b, t, 2 * c, h, w)
+        pair_BTCHW[:, :, :c] = x_BTCHW
+        pair_BTCHW[:, :1, c:] = 0 if last_B1CHW is None else last_B1CHW
+        pair_BTCHW[:, 1:, c:] = x_BTCHW[:, :-1]
+        history.keep(self.key, x_BTCHW, 1)
+        y_GCHW = fn.relu(self.conv(pair_GCHW) + x_BTCHW.flatten(0, 1))
+        return y_GCHW.view_as(x_BTCHW)
 
 
 class TimePool(nn.Module):
@@ -142,20 +151,17 @@ class TinyVae(Codec):
         for group_BTCHW in torch.split(frames_BNCHW, time, dim=1):
             missing = time - group_BTCHW.shape[1]
             last = group_BTCHW[:, -1:].expand(-1, missing, -1, -1, -1)
-            history = History(state, first=not latents, time_dim=TIME_DIM)
+            history = History(state, first=not latents, time_dim=self.time_dim)
             whole = torch.cat([group_BTCHW, last], dim=1).to(self._dtype)
             latents.append(run_layers(self.encoder, whole, history))
             state = history.after
         return torch.cat(latents, dim=1)
 
-    def decode_next(
-        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
-    ) -> tuple[Tensor, CodecState]:
+    def decode_step(self, latent_BChw: Tensor, history: History) -> Tensor:
         """Four frames; of the stream's first latent only the last is one of the video."""
-        history = History.of_stream(state, TIME_DIM, in_place=in_place)
         frames = run_layers(self.decoder, latent_BChw[:, None].to(self._dtype), history)
         frames = frames.float().clamp(0.0, 1.0)
-        return frames[:, -1:] if history.first else frames, history.state()
+        return frames[:, -1:] if history.first else frames
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -33,7 +33,6 @@ from echo_ray.model.wan_blocks import (
 )
 from echo_ray.preset import WanVaeShape
 
-TIME_DIM = 2
 MIDDLE_CONVS = 4
 CONVS_PER_BLOCK = 2
 
@@ -94,6 +93,8 @@ def run_head(head: nn.ModuleDict, x_BCTHW: Tensor, history: History) -> Tensor:
 class WanVae(Codec):
     """The published autoencoder: normalised latents, explicit state, any float type."""
 
+    time_dim = 2
+
     def __init__(self, shape: WanVaeShape, z_dim: int) -> None:
         super().__init__(z_dim, shape.temporal_stride, shape.spatial_stride)
         self.shape = shape
@@ -128,22 +129,20 @@ class WanVae(Codec):
         """As `encode_whole`, of pixels in [-1, 1]."""
         return self._encode(self._groups(pixels_BNCHW))
 
-    def decode_next(
-        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
-    ) -> tuple[Tensor, CodecState]:
+    def decode_step(self, latent_BChw: Tensor, history: History) -> Tensor:
         """Four frames, or the one of the stream's first latent."""
-        pixels, state = self.decode_raw(latent_BChw, state, in_place=in_place)
-        return pixels.clamp(-1.0, 1.0) / 2 + 0.5, state
+        return self._pixels(latent_BChw, history).clamp(-1.0, 1.0) / 2 + 0.5
 
-    def decode_raw(
-        self, latent_BChw: Tensor, state: CodecState, *, in_place: bool = False
-    ) -> tuple[Tensor, CodecState]:
+    def decode_raw(self, latent_BChw: Tensor, state: CodecState) -> tuple[Tensor, CodecState]:
         """As `decode_next`, but pixels around [-1, 1] as the decoder gives them, in float32."""
+        history = History.of_stream(state, self.time_dim)
+        return self._pixels(latent_BChw, history), history.state()
+
+    def _pixels(self, latent_BChw: Tensor, history: History) -> Tensor:
         mean_C111, std_C111 = self._mean_and_std(latent_BChw.device)
         raw_BC1hw = latent_BChw[:, :, None].float() * std_C111 + mean_C111
-        history = History.of_stream(state, TIME_DIM, in_place=in_place)
         pixels = self.decoder.step(self.conv2(raw_BC1hw.to(self.conv2.weight.dtype)), history)
-        return pixels.transpose(1, 2).float(), history.state()
+        return pixels.transpose(1, 2).float()
 
     def _groups(self, frames_BNCHW: Tensor) -> Iterator[Tensor]:
         yield frames_BNCHW[:, :1]
@@ -154,7 +153,7 @@ class WanVae(Codec):
         state: CodecState = {}
         latents = []
         for index, group_BTCHW in enumerate(groups_BTCHW):
-            history = History(state, first=index == 0, time_dim=TIME_DIM)
+            history = History(state, first=index == 0, time_dim=self.time_dim)
             pixels_BCTHW = group_BTCHW.transpose(1, 2).to(self.conv1.weight.dtype)
             moments = self.conv1(self.encoder.step(pixels_BCTHW, history))
             latents.append(moments[:, : self.channels])

@@ -15,6 +15,8 @@ from echo_ray.model.dit import DiT
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.model.state_dict import load_strict
 from echo_ray.model.text import TextEncoder
+from echo_ray.model.tiny_vae import TinyVae
+from echo_ray.model.wan_vae import WanVae
 from echo_ray.model.words import WordTextEncoder
 from echo_ray.preset import Preset, UMT5Shape
 from echo_ray.weights.folder import WeightsFolder
@@ -87,6 +89,8 @@ def load_modules(
             )
         load_strict(module, folder.part(name, dtype=dtype, device=device), f"{folder.path}, {name}")
         module.eval().requires_grad_(requires_grad=False)
+        if isinstance(module, WanVae | TinyVae) and device.type == "cuda":
+            module.lie_channels_last()
     words = parts.get("text")
     if isinstance(words, WordTextEncoder):
         encoder = words

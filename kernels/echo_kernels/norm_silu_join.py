@@ -48,8 +48,13 @@ def truth(x_BCTHW: Tensor, gain_C: Tensor, past_BCPHW: Tensor | None, kept_BCPHW
     """
     unit = functional.normalize(x_BCTHW, dim=1)
     new = functional.silu(unit * x_BCTHW.shape[1] ** 0.5 * gain_C.view(-1, 1, 1, 1))
-    past = torch.zeros_like(kept_BCPHW) if past_BCPHW is None else past_BCPHW
-    joined = torch.cat([past, new], dim=2)
+    size = list(x_BCTHW.shape)
+    size[2] += PAST
+    lies_last = kept_BCPHW.is_contiguous(memory_format=LAST) and not kept_BCPHW.is_contiguous()
+    layout = LAST if lies_last else torch.contiguous_format
+    joined = torch.empty(size, dtype=new.dtype, device=new.device, memory_format=layout)
+    joined[:, :, :PAST] = 0 if past_BCPHW is None else past_BCPHW
+    joined[:, :, PAST:] = new
     kept_BCPHW.copy_(joined[:, :, -PAST:])
     return joined
 

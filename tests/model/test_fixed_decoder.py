@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echo_ray.errors import EngineError
 from echo_ray.model.codec import Codec, CodecState
 from echo_ray.weights.parts import build_codec
 
-HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+HOST_READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
 
 
 class Tape(TorchDispatchMode):
@@ -78,10 +79,10 @@ def test_in_place_is_the_same_stream_at_the_same_addresses(codec: Codec) -> None
     frames, after = expected(codec, stream)
     state = codec.fixed_state(stream[0])
     at = addresses(state)
-    for latent, true in zip(stream, frames, strict=True):
-        found, state = codec.decode_next(latent, state, in_place=True)
-        assert torch.equal(found, true)
+    for index, (latent, true) in enumerate(zip(stream, frames, strict=True)):
+        assert torch.equal(codec.decode_fixed(latent, state, first=index == 0), true)
         assert addresses(state) == at
+    del after["begun"], state["begun"]
     assert same(state, after)
 
 
@@ -97,9 +98,7 @@ def test_two_sessions_share_no_memory(codec: Codec) -> None:
     states = [codec.fixed_state(one[0]) for _ in range(2)]
     for index in range(4):
         for session, stream in enumerate((one, two)):
-            found, states[session] = codec.decode_next(
-                stream[index], states[session], in_place=True
-            )
+            found = codec.decode_fixed(stream[index], states[session], first=index == 0)
             assert torch.equal(found, alone[session][index])
     assert not set(addresses(states[0]).values()) & set(addresses(states[1]).values())
 
@@ -122,17 +121,16 @@ def test_a_recorded_call_decodes_other_latents(codec: Codec, first: bool) -> Non
     stream = latents(6)
     frames, _ = expected(codec, stream)
     state, given = codec.fixed_state(stream[0]), torch.empty_like(stream[0])
-    begin = 0
     if not first:
-        _, state = codec.decode_next(stream[0], state, in_place=True)
-        begin = 1
+        codec.decode_fixed(stream[0], state, first=True)
     saved = {key: past.clone() for key, past in state.items()}
     given.copy_(stream[-1])
     with Tape() as tape:
-        out, _ = codec.decode_next(given, state, in_place=True)
+        out = codec.decode_fixed(given, state, first=first)
     for key, past in saved.items():
         state[key].copy_(past)
-    for latent, true in zip(stream[begin : 1 if first else None], frames[begin:], strict=False):
+    replayed = slice(0, 1) if first else slice(1, None)
+    for latent, true in zip(stream[replayed], frames[replayed], strict=True):
         given.copy_(latent)
         tape.play()
         assert torch.equal(out, true)
@@ -140,16 +138,19 @@ def test_a_recorded_call_decodes_other_latents(codec: Codec, first: bool) -> Non
 
 def test_every_later_latent_is_the_same_work(codec: Codec) -> None:
     state, tapes = codec.fixed_state(latents(1)[0]), []
-    for latent in latents(4):
+    for index, latent in enumerate(latents(4)):
         with Tape() as tape:
-            _, state = codec.decode_next(latent, state, in_place=True)
+            codec.decode_fixed(latent, state, first=index == 0)
         tapes.append(tape)
     assert tapes[1].shapes == tapes[2].shapes == tapes[3].shapes
-    reads = [
-        args for func, args, _, _ in tapes[2].ops if func.overloadpacket.__name__ in HOST_READS
-    ]
-    # The flag that says whether the stream has begun lies on the host.
-    assert [(r[0].dtype, r[0].numel()) for r in reads] == [(torch.uint8, 1)]
+    assert not {f.overloadpacket.__name__ for f, *_ in tapes[2].ops} & HOST_READS
+
+
+def test_a_state_without_room_is_refused() -> None:
+    torch.manual_seed(5)
+    codec = build_codec(CODECS["wan"], small_preset().dit)
+    with pytest.raises(EngineError, match=r"no room for decoder\.\S+; make it with fixed_state"):
+        codec.decode_fixed(latents(1)[0], codec.initial_state(), first=True)
 
 
 def test_a_device_is_never_read(codec: Codec) -> None:
@@ -157,6 +158,6 @@ def test_a_device_is_never_read(codec: Codec) -> None:
     on_meta = codec.to("meta")
     latent = torch.empty(1, 4, 2, 3, device="meta")
     state = on_meta.fixed_state(latent)
-    for _ in range(3):
-        frames, state = on_meta.decode_next(latent, state, in_place=True)
+    for index in range(3):
+        frames = on_meta.decode_fixed(latent, state, first=index == 0)
     assert frames.shape == (1, 4, 3, 16, 24)

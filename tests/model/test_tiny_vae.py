@@ -179,7 +179,7 @@ def test_weights_laid_out_channels_last_give_the_same_frames() -> None:
     codec = vae()
     frames, _ = codec.decode(latents(3), codec.initial_state())
     encoded = codec.encode(video(5))
-    codec.to(memory_format=torch.channels_last)
+    codec.lie_channels_last()
     assert torch.allclose(codec.decode(latents(3), codec.initial_state())[0], frames, atol=1e-5)
     assert torch.allclose(codec.encode(video(5)), encoded, atol=1e-5)
 

@@ -195,16 +195,35 @@ def test_bfloat16_decodes_and_encodes_close_to_float32() -> None:
     assert float((exact.encode(video(5)) - encoded).abs().mean()) < 0.02
 
 
-def test_weights_laid_out_channels_last_give_the_same_frames() -> None:
-    codec = vae()
-    frames, _ = codec.decode(latents(3), codec.initial_state())
+def laid_out(x: torch.Tensor) -> bool:
+    last = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    return x.is_contiguous(memory_format=last)
+
+
+def test_channels_last_gives_the_same_frames_and_stays_from_conv_to_conv() -> None:
+    """A GPU's convolutions write the layout of their weights; between them nothing turns it."""
+    codec, turned = vae(), []
+    frames, state = codec.decode(latents(5), codec.initial_state())
     encoded = codec.encode(video(5))
-    for module in codec.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert torch.allclose(codec.decode(latents(3), codec.initial_state())[0], frames, atol=1e-5)
+    codec.lie_channels_last()
+    convs = [m for m in codec.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    assert all(laid_out(conv.weight) for conv in convs)
+
+    def as_on_a_gpu(conv: nn.Module, given: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        if conv is not codec.conv2 and not laid_out(given[0]):
+            turned.append(conv)
+        last = torch.channels_last_3d if out.dim() == 5 else torch.channels_last
+        return out.contiguous(memory_format=last)
+
+    for conv in convs:
+        conv.register_forward_hook(as_on_a_gpu)
+    first, begun = codec.decode(latents(5)[:, :1], codec.initial_state())
+    turned.clear()
+    others, last = codec.decode(latents(5)[:, 1:], begun)
+    assert turned == []
+    assert all(laid_out(past) for key, past in last.items() if key != "begun")
+    assert torch.allclose(torch.cat([first, others], dim=1), frames, atol=1e-5)
+    assert all(torch.allclose(last[key], state[key], atol=1e-4) for key in state)
     assert torch.allclose(codec.encode(video(5)), encoded, atol=1e-5)
 
 
