@@ -129,7 +129,7 @@ class FakeReplica:
         self._beating = asyncio.create_task(self._beat())
         self.register()
 
-    def register(self, *, state: str = "ready", ttl_s: float = 5.0) -> None:
+    def register(self, *, state: str = "ready", ttl_s: float = 30.0) -> None:
         self.directory.put_replica(
             ReplicaRecord(
                 id=self.name,
@@ -157,6 +157,15 @@ class FakeReplica:
         for connection in tuple(self._server.server_state.connections):
             connection.transport.abort()
         await asyncio.gather(self._serving, self._beating, return_exceptions=True)
+
+    def hold(self) -> None:
+        """Make no more chunks, until `go_on`; all else goes on."""
+        self.no_commits = True
+
+    def go_on(self) -> None:
+        self.no_commits = False
+        for session in self.sessions.values():
+            session.changed.set()
 
     def hang(self) -> None:
         """Stop as SIGSTOP stops: sockets stay, nothing moves."""

@@ -31,6 +31,8 @@ SECTION = SessionSection(
     retention_chunks=8,
     sweep_s=0.2,
 )
+LIMIT_S = 40.0
+"""For what takes milliseconds on a machine that has nothing else to do."""
 CONFIG = EchoConfig(
     session=SECTION,
     http=HttpSection(port=0, max_message_bytes=4096),
@@ -48,7 +50,7 @@ class Rig:
         self.replicas: dict[str, FakeReplica] = {}
         self.routers: list[RouterService] = []
         self.viewers: list[Watch] = []
-        self.http = httpx.AsyncClient(trust_env=False, timeout=10, verify=False)
+        self.http = httpx.AsyncClient(trust_env=False, timeout=LIMIT_S, verify=False)
 
     def replica(self, name: str, **script: Any) -> FakeReplica:
         fake = FakeReplica(name, self.directory, section=self.config.session, **script)
@@ -140,15 +142,23 @@ class Watch:
 
     async def read(self) -> dict[str, Any]:
         """The next message; a segment's bytes are read with its metadata."""
-        message: dict[str, Any] = json.loads(await asyncio.wait_for(self.socket.recv(), 10))
+        message: dict[str, Any] = json.loads(await asyncio.wait_for(self.socket.recv(), LIMIT_S))
         if message["type"] == "video.chunk_metadata":
-            data = await asyncio.wait_for(self.socket.recv(), 10)
+            data = await asyncio.wait_for(self.socket.recv(), LIMIT_S)
             assert isinstance(data, bytes)
             assert len(data) == message["byte_length"]
             self.segments.append((message, data))
         else:
             self.messages.append(message)
         return message
+
+    async def until_made_by(self, epoch: int) -> None:
+        """Read up to and including the first chunk that is made under that epoch or a later one.
+
+        What an earlier owner made may still be on its way when another one is there.
+        """
+        while not self.segments or self.segments[-1][0]["epoch"] < epoch:
+            await self.read()
 
     async def until(self, index: int) -> None:
         """Read up to and including chunk `index`."""
@@ -176,7 +186,7 @@ class Watch:
             assert metadata["prompt"] == prompt
 
 
-async def eventually(condition: Callable[[], Any], timeout_s: float = 8.0) -> None:
+async def eventually(condition: Callable[[], Any], timeout_s: float = LIMIT_S) -> None:
     """Wait until the condition holds."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -184,13 +194,15 @@ async def eventually(condition: Callable[[], Any], timeout_s: float = 8.0) -> No
         await asyncio.sleep(0.01)
 
 
-def run(test: Callable[[Rig], Awaitable[None]], config: EchoConfig = CONFIG) -> None:
+def run(
+    test: Callable[[Rig], Awaitable[None]], config: EchoConfig = CONFIG, limit_s: float = 55.0
+) -> None:
     """Run an async test with a rig that is taken down afterwards."""
 
     async def whole() -> None:
         rig = Rig(config)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(limit_s):
                 await test(rig)
         finally:
             await rig.close()

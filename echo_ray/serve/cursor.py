@@ -197,6 +197,9 @@ class CatchUp:
         await self._viewer.take_in(segment)
         self._next = segment.index + 1
 
+    def handed_over(self, owner: Owner) -> None:
+        pass
+
     def trouble(self, error: EchoError) -> None:
         self._viewer.tell(wire.error_message(error))
 

@@ -90,6 +90,10 @@ class Relay:
                 )
             viewer.ring_bell()
 
+    def handed_over(self, owner: Owner) -> None:
+        # Whoever moved it may be another router, and done before this one has looked.
+        self.tell(wire.Migrated(owner=owner.replica_id, epoch=owner.epoch))
+
     def trouble(self, error: EchoError) -> None:
         self.tell(wire.error_message(error))
 

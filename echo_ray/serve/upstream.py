@@ -78,6 +78,10 @@ class Sink(Protocol):
 
     async def deliver(self, segment: WireSegment) -> None: ...
 
+    def handed_over(self, owner: Owner) -> None:
+        """Another replica makes the segments now, and the one before has not failed."""
+        ...
+
     def trouble(self, error: EchoError) -> None:
         """Nothing has come for long; this is why. The upstream goes on trying."""
         ...
@@ -108,8 +112,8 @@ class Upstream:
         self._socket: ClientConnection | None = None
         self._poked = asyncio.Event()
         self._want = asyncio.Event()
-        self._last: tuple[int, float] | None = None
-        """Epoch and time of the last segment."""
+        self._last: tuple[Owner, float] | None = None
+        """Owner and time of the last segment."""
         self._loss: Cause | None = None
         """How its owner was lost, if it was."""
         self._now = Pulling(
@@ -259,11 +263,13 @@ class Upstream:
 
     def _handed_over(self, owner: Owner, now_s: float) -> None:
         """Measure the gap between two owners; one that somebody else took over from was moved."""
-        if self._last is not None and self._last[0] != owner.epoch:
+        if self._last is not None and self._last[0].epoch != owner.epoch:
             cause = "failover" if self._loss in (Cause.BROKEN, Cause.SILENT) else "move"
             gap_s = now_s - self._last[1]
             self._telemetry.observe("handover_gap_seconds", gap_s, cause=cause)
-        self._last, self._loss = (owner.epoch, now_s), None
+            if cause == "move" and self._last[0].replica_id != owner.replica_id:
+                self._sink.handed_over(owner)
+        self._last, self._loss = (owner, now_s), None
 
     async def _segment(
         self, socket: ClientConnection, owner: Owner, text: str, body: dict[str, Any]

@@ -142,8 +142,13 @@ def refused(p: Pulling, error: EchoError, now_s: float, jitter: float) -> Step:
     """The owner refuses to go on, and says why."""
     if p.owner is not None and isinstance(error, TERMINAL):
         return replace(p, owner=None, ended=error), NOTHING
-    shun = Shun.NOBODY if isinstance(error, Fenced) else Shun.SESSION
-    return lost(p, OwnerLost(f"refused: {error.message}", shun=shun, error=error), now_s, jitter)
+    reason = f"refused: {error.message}"
+    if isinstance(error, Fenced):
+        # Somebody else owns the session by now, so this one has not failed.
+        loss = OwnerLost(reason, cause=Cause.FENCED, shun=Shun.NOBODY, error=error)
+    else:
+        loss = OwnerLost(reason, shun=Shun.SESSION, error=error)
+    return lost(p, loss, now_s, jitter)
 
 
 def lost(p: Pulling, loss: OwnerLost, now_s: float, jitter: float) -> Step:

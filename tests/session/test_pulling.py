@@ -172,7 +172,12 @@ def test_who_avoids_the_replica_of_a_lost_owner(
 )
 def test_an_owner_that_refuses_is_left_for_another(error: EchoError, shunned: set[str]) -> None:
     p, effects = on.refused(reading(), error, 1.0, 1.0)
-    assert effects[0] == Lost(OWNER, f"refused: {error.message}", avoid=False)
+    # An owner whose session has gone to another one has not failed.
+    cause = Cause.FENCED if isinstance(error, Fenced) else Cause.BROKEN
+    assert effects[:2] == (
+        Lost(OWNER, f"refused: {error.message}", avoid=False),
+        Failover(cause),
+    )
     assert ask(p).avoid == shunned
 
 
