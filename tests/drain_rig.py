@@ -56,6 +56,11 @@ class Rig:
     def owner(self, session_id: str) -> str | None:
         return self.replicas.directory.get(session_id).owner
 
+    def sessions(self, name: str) -> set[str]:
+        """The sessions that a replica says it has."""
+        found = {r.id: r.sessions for r in self.replicas.directory.replicas()}
+        return set(found.get(name, ()))
+
     def state(self, name: str) -> str | None:
         found = {r.id: r.state for r in self.replicas.directory.replicas()}
         return found.get(name)
@@ -69,7 +74,7 @@ def run(test: Callable[[Rig], Awaitable[None]], **session: Any) -> None:
     async def whole(replicas: Replicas) -> None:
         rig = Rig(replicas)
         try:
-            async with asyncio.timeout(50):
+            async with asyncio.timeout(55):
                 rig.router()
                 await test(rig)
         finally:
@@ -105,9 +110,14 @@ async def view(
     client: EchoClient,
     session_id: str,
     at: dict[int, Callable[[], Awaitable[Any]]] | None = None,
+    seen: Seen | None = None,
 ) -> Seen:
-    """Watch `COUNT` segments; `at`: what to do after a segment."""
-    seen = Seen()
+    """Watch `COUNT` segments; `at`: what to do after a segment, before the next one is taken.
+
+    As long as that takes, no more is made than the lead: what is to happen before the end of the
+    stream can be waited for there.
+    """
+    seen = seen or Seen()
     async with aclosing(client.segments(session_id, start=0, on_message=seen.messages.append)) as s:
         async for segment in s:
             seen.segments.append(segment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def test_a_viewer_watches_and_steers_nothing(tmp_path: Path) -> None:
     run(test, config(tmp_path))
 
 
+def runs_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rig's router, every token of a minute has run out from now on."""
+    monkeypatch.setattr(rig.routers[0].front.clock, "wall", lambda: time.time() + 61.0)
+
+
 @pytest.mark.parametrize("how", ["runs out", "withdrawn"])
 def test_a_stream_ends_with_its_token(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,7 +89,7 @@ def test_a_stream_ends_with_its_token(
         rig.router()
         plant(rig)
         if how == "runs out":
-            viewer = watch(rig, f"token={viewer_token(tmp_path, ttl_s=0.6)}")
+            viewer = watch(rig, f"token={viewer_token(tmp_path)}")
         else:
             viewer = watch(rig, "")
             url = viewer._connecting.uri
@@ -92,6 +98,8 @@ def test_a_stream_ends_with_its_token(
             await viewer.until_type("video.start")
             if how == "withdrawn":
                 write_tokens(tmp_path / "tokens", ROWS[1:])
+            else:
+                runs_out(rig, monkeypatch)
             expected = "token_expired" if how == "runs out" else "token_invalid"
             assert (await viewer.until_type("error"))["code"] == expected
             assert await viewer.until_closed() == 1008
@@ -99,14 +107,17 @@ def test_a_stream_ends_with_its_token(
     run(test, config(tmp_path))
 
 
-def test_motion_jpeg_ends_with_its_token(tmp_path: Path) -> None:
+def test_motion_jpeg_ends_with_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "RECHECK_S", 0.05)
+
     async def test(rig: Rig) -> None:
         rig.router()
         plant(rig)
-        token = viewer_token(tmp_path, ttl_s=0.5)
+        token = viewer_token(tmp_path)
         url = rig.url(f"/v1/sessions/s1/stream.mjpeg?token={token}")
-        async with asyncio.timeout(10), rig.http.stream("GET", url) as answer:
+        async with rig.http.stream("GET", url) as answer:
             assert answer.status_code == 200
+            runs_out(rig, monkeypatch)
             assert await answer.aread() == b""
 
     run(test, config(tmp_path))

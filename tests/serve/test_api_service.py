@@ -77,7 +77,9 @@ def test_a_migration_is_seen_as_messages_and_not_as_a_gap() -> None:
         assert rig.owner(sid).name == target
         value = rig.routers[0].front.telemetry.value
         assert value("echo_ray_migrations_total", outcome="ok") == 1
-        assert value("echo_ray_failovers_total", cause="fenced") == 0
+        # The old owner may hear of it before the viewers' router does: that is no failure.
+        for cause in ("broken", "silent", "drain"):
+            assert value("echo_ray_failovers_total", cause=cause) == 0
 
     run(test)
 

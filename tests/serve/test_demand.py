@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx
@@ -23,20 +22,34 @@ def told(generator: Generator) -> Demand | None:
     return read("r", generator.figures())[1]
 
 
-def test_a_router_keeps_to_one_replica_and_tells_what_it_sees() -> None:
+def test_a_router_keeps_to_one_replica_and_tells_what_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("echo_ray.serve.demand.TIMEOUT_S", 40.0)
+
     async def test(rig: Rig) -> None:
         replicas = [rig.replicas.start(name) for name in ("r1", "r2", "r3")]
-        await until(lambda: any(told(r) is not None for r in replicas))
-        await asyncio.sleep(2.5)
-        (heard,) = [r for r in replicas if told(r) is not None]
         front = rig.routers[0].front
+        teller = DemandTeller(front)
+
+        def told_to() -> list[Generator]:
+            return [r for r in replicas if teller._router in r.host.told]
+
+        for _ in range(9):
+            await teller.tell()
+        (heard,) = told_to()
         front.homeless = 2
         front.owners.refusals.add(front.clock.monotonic())
         seen = Demand(unwatched=2, refused=1)
-        await until(lambda: told(heard) == seen)
+        await teller.tell()
+        assert heard.host.told[teller._router][0] == seen
+        # The router itself does so all the time.
+        await until(lambda: any(told(r) is not None for r in replicas))
         # One that goes away is told no more.
         heard.host.drain(Reason.ADMIN, 60.0)
-        await until(lambda: any(told(r) is not None for r in replicas if r is not heard))
+        await until(lambda: rig.state(heard.host.replica_id) == "drained")
+        await teller.tell()
+        assert any(r is not heard for r in told_to())
 
     run(test)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from fakes import FakeEngine
-from replicas import Replicas, Unreliable, eventually, watch
+from replicas import LIMIT_S, Replicas, Unreliable, eventually, watch
 
 from echo_ray.errors import StoreUnavailable
 from echo_ray.serve.telemetry import Telemetry
@@ -31,7 +31,7 @@ class Durable(MemorySnapshots):
         self.closed = False
 
     def _pass(self) -> None:
-        assert self.gate.wait(20)
+        assert self.gate.wait(50)
         if self.down:
             raise StoreUnavailable("down, as told by a test")
 
@@ -67,6 +67,10 @@ class Bench(Replicas):
             directory=lambda: self.unreliable,
         )
         self.session()
+
+    def leave(self) -> None:
+        """Nobody watches any more."""
+        self.idle(self.one)
 
     def watch(self, epoch: int, start: int, stop: int) -> None:
         """Make chunks up to `stop`, waiting for each of their snapshots."""
@@ -114,24 +118,29 @@ def test_what_cannot_be_known_to_be_less_durable_is_not_pruned() -> None:
 
 
 def test_a_durable_store_that_hangs_delays_no_snapshot_and_no_release() -> None:
-    with Bench(idle_grace_s=0.2) as bench:
+    with Bench() as bench:
         bench.durable.gate.clear()
         try:
             bench.watch(bench.claim(bench.one), 0, 10)
+            bench.leave()
             paused = lambda: bench.directory.get("s1").state is SessionState.PAUSED  # noqa: E731
             assert eventually(paused)
             assert bench.store.debt() >= 1
             writer = bench.one.host._bench.writer
-            writer.stop(1.0)
-            assert not writer._thread.is_alive()
+            stopping = threading.Thread(target=writer.stop, args=(LIMIT_S,))
+            stopping.start()
+            # What prunes waits for the store; what writes and releases has ended.
+            assert eventually(lambda: not writer._thread.is_alive())
         finally:
             bench.durable.gate.set()
+        stopping.join()
         assert eventually(lambda: 10 in bench.durable_points())
 
 
 def test_a_session_that_pauses_rests_on_a_durable_snapshot() -> None:
-    with Bench(idle_grace_s=0.2) as bench:
+    with Bench() as bench:
         bench.watch(bench.claim(bench.one), 0, 6)
+        bench.leave()
         assert eventually(lambda: bench.directory.get("s1").state is SessionState.PAUSED)
         assert eventually(lambda: 6 in bench.durable_points())
 
@@ -147,9 +156,10 @@ def test_a_session_that_a_drain_gives_up_rests_on_a_durable_snapshot() -> None:
 
 
 def test_a_directory_that_fails_after_the_release_undoes_nothing() -> None:
-    with Bench(idle_grace_s=0.2) as bench:
+    with Bench() as bench:
         bench.watch(bench.claim(bench.one), 0, 2)
         bench.unreliable.failures["snapshots"] = [StoreUnavailable("gone for now")] * 9
+        bench.leave()
         assert eventually(lambda: bench.errors("durable") == 1)
         assert bench.directory.get("s1").state is SessionState.PAUSED
         assert bench.errors("release") == 0
@@ -194,7 +204,7 @@ def test_a_replica_that_closes_closes_its_store_last() -> None:
                 "close",
                 lambda: (ended.append(not writer._thread.is_alive()), closing()),
             )
-            bench.one.close()
+            bench.one.close(LIMIT_S)
         assert ended == [True]
         assert bench.durable.closed
         assert eventually(lambda: bench.durable_points() == [2])

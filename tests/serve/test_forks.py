@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,25 @@ class Cluster:
         """A session of so many chunks that is paused; it is switched to blue at chunk 5."""
         sid = (await self.client.create(PROMPT, seed=7, pace="max", **fields))["id"]
         await self.client.send_event(sid, "blue", at_chunk=5)
-        await self.watch(sid, 0, chunks)
+        kept = self.replicas.config.session.snapshots_kept
+
+        def points() -> list[int]:
+            return [r.chunk_index for r in self.directory.snapshots(sid)]
 
         def saved() -> bool:
             newest = self.directory.get(sid).next_index // 4 * 4
-            return newest in {0, *(r.chunk_index for r in self.directory.snapshots(sid))}
+            return newest in {0, *points()} and len(points()) <= kept
 
-        # Before it is paused: that fences a snapshot which is being written.
-        assert await asyncio.to_thread(eventually, saved)
+        async with aclosing(self.client.segments(sid, start=0)) as stream:
+            async for segment in stream:
+                made = segment.index + 1
+                if made % 4 == 0:
+                    # A snapshot that waits to be written gives way to the next one.
+                    assert await asyncio.to_thread(eventually, lambda n=made: n in points())
+                if made == chunks:
+                    # Before it is paused: that fences what is being written, or pruned.
+                    assert await asyncio.to_thread(eventually, saved)
+                    break
         await self.client.pause(sid)
         return sid
 
@@ -93,7 +104,7 @@ async def cluster(engine: FakeEngine | None = None, **session: Any) -> AsyncIter
 
 def run(test: Callable[..., Awaitable[None]], *arguments: Any, **session: Any) -> None:
     async def whole() -> None:
-        async with asyncio.timeout(60), cluster(**session) as here:
+        async with asyncio.timeout(55), cluster(**session) as here:
             await test(here, *arguments)
 
     asyncio.run(whole())
@@ -366,9 +377,9 @@ def test_what_is_out_of_reach_is_gone_and_the_rest_is_named() -> None:
         # Retention 8 and a point every 4 chunks: at most 20 are made again.
         kept = sorted(r.chunk_index for r in here.directory.snapshots(sid))
         end = here.directory.get(sid).next_index
-        for call in (here.client.fork(sid, 21), here.client.rewind(sid, kept[0] - 1)):
+        for call, chunk in ((here.client.fork, 21), (here.client.rewind, kept[0] - 1)):
             with pytest.raises(ChunkUnreachable, match=f"0 to 20, {kept[0]} to {end}"):
-                await call
+                await call(sid, chunk)
         assert [r.id for r in here.directory.list()] == [sid]
         assert here.directory.get(sid).state == "paused"
         made = await here.client.fork(sid, kept[0])

@@ -123,13 +123,14 @@ class Chaos:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_stream_under_random_faults_is_the_undisturbed_one(seed):
     rng = random.Random(seed)
     with Replicas(lease_ttl_s=0.6, lease_renew_s=0.05) as bench:
         chaos = Chaos(bench, rng)
         bench.session()
-        asyncio.run(asyncio.wait_for(chaos.follow(), 40))
+        asyncio.run(asyncio.wait_for(chaos.follow(), 120))
         expected = undisturbed(FakeEngine(), "a red circle", 7, CHUNKS, chaos.switches)
         made = [h["digest"] for h in chaos.heads]
         assert [n for n in range(CHUNKS) if made[n] != expected[n]] == []

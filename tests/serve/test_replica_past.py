@@ -24,6 +24,7 @@ def test_a_past_that_cannot_be_made_again_is_expired():
         one, two = bench.start("r1"), bench.start("r2")
         bench.session()
         run_to(bench, one, bench.claim(one), 32)
+        assert eventually(lambda: len(bench.directory.snapshots("s1")) == 1)
         bench.crash(one)
         epoch = bench.claim(two)
         for start in (5, 27):

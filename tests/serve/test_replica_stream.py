@@ -3,10 +3,11 @@ import json
 
 import httpx
 import pytest
-from fakes import FakeEngine
-from replicas import PullEnd, Replicas, close_code, eventually, hello, pull, truth
+from fakes import FakeClock, FakeEngine
+from replicas import LIMIT_S, PullEnd, Replicas, close_code, eventually, hello, pull, truth
 from websockets.asyncio.client import connect
 
+from echo_ray.serve.stepper import LONGEST_WAIT_S
 from echo_ray.session.chunk import frames_digest
 from echo_ray.session.records import OnIdle, Pace, SessionState
 
@@ -86,21 +87,27 @@ def test_a_switch_takes_effect_at_its_chunk_and_the_metadata_names_it():
 
 
 def test_realtime_is_made_at_most_the_lead_ahead_of_playout():
-    async def stream(replica, epoch):
+    async def stream(bench, replica, epoch):
         async with pull(replica, epoch, want=1000) as end:
             await hello(end)
-            await end.chunks(6)
+            # Chunk n begins to play at (1 + 4 (n - 1)) / 20 s and may be made 2 chunks (0.4 s)
+            # earlier: the first three at once, the next one 0.05 s after them.
+            await end.chunks(3)
+            for advance_s in (0.04, 0.02, 0.2, 0.2):
+                bench.clock.advance(advance_s)
+                now_s = bench.clock.monotonic() - began_s
+                due = 3 + sum((1 + 4 * (n - 1)) / 20 - 0.4 <= now_s for n in (3, 4, 5))
+                while len(engine.stepped) < due:
+                    await end.chunk()
+                await asyncio.sleep(1.2 * LONGEST_WAIT_S)
+                assert engine.stepped == list(range(due))
 
-    with Replicas(lead_chunks=2) as bench:
+    with Replicas(clock=FakeClock(), lead_chunks=2) as bench:
+        began_s = bench.clock.monotonic()
         engine = FakeEngine(fps=20, frames_per_chunk=4)
         replica = bench.start("r1", engine)
         bench.session(pace=Pace.REALTIME)
-        asyncio.run(stream(replica, bench.claim(replica)))
-    made = [at - engine.stepped_at_s[0] for at in engine.stepped_at_s]
-    # Chunk n begins to play at (1 + 4 (n - 1)) / 20 s and may be made 2 chunks (0.4 s) earlier.
-    assert made[2] < 0.25
-    for n in (3, 4, 5):
-        assert made[n] >= (1 + 4 * (n - 1)) / 20 - 0.4
+        asyncio.run(stream(bench, replica, bench.claim(replica)))
 
 
 def test_two_readers_share_one_generation_and_a_late_one_gets_the_past():
@@ -153,7 +160,7 @@ def test_other_formats_carry_the_same_digest(fmt):
 def test_a_pull_that_cannot_be_is_told_why(query, code, close):
     async def ask(replica):
         url = f"ws://{replica.address}/v1/pull/s1?{query}"
-        async with asyncio.timeout(10), connect(url) as socket:
+        async with asyncio.timeout(LIMIT_S), connect(url) as socket:
             end = PullEnd(socket)
             return await close_code(end), end.others
 
@@ -221,15 +228,17 @@ def test_a_session_nobody_watches_is_paused_with_its_state_and_goes_on_later():
             await hello(end)
             return [h["digest"] for h in await end.chunks(count)]
 
-    with Replicas(idle_grace_s=0.1) as bench:
+    with Replicas() as bench:
         replica = bench.start("r1")
         bench.session()
         first = asyncio.run(watch(replica, bench.claim(replica), 0, 6))
+        bench.idle(replica)
         paused = lambda: bench.directory.get("s1").state is SessionState.PAUSED  # noqa: E731
         assert eventually(paused)
         assert bench.directory.get("s1").owner is None
         assert [s.chunk_index for s in bench.directory.snapshots("s1")] == [4]
         assert eventually(lambda: replica.host.runners() == [])
+        bench.idle(replica, 30.0)
         again = asyncio.run(watch(replica, bench.claim(replica), 6, 4))
         assert first + again == truth(10)
         assert replica.host.engine.loaded == [4]
@@ -241,12 +250,13 @@ def test_idle_sessions_close_or_go_on_as_they_were_told():
             await hello(end)
             await end.chunks(2)
 
-    with Replicas(idle_grace_s=0.05) as bench:
+    with Replicas() as bench:
         replica = bench.start("r1", FakeEngine(fps=80))
         bench.session("ends", on_idle=OnIdle.CLOSE)
         bench.session("lives", on_idle=OnIdle.CONTINUE, pace=Pace.REALTIME)
         asyncio.run(watch(replica, bench.claim(replica, "ends"), "ends"))
         asyncio.run(watch(replica, bench.claim(replica, "lives"), "lives"))
+        bench.idle(replica)
         assert eventually(lambda: bench.directory.get("ends").state is SessionState.CLOSED)
         assert eventually(lambda: bench.directory.get("lives").next_index > 8)
         assert bench.directory.get("lives").owner == "r1"
@@ -317,17 +327,18 @@ def test_health_metrics_and_the_replica_record():
         asyncio.run(watch(replica, bench.claim(replica)))
         base = f"http://{replica.address}"
         assert http.get(f"{base}/healthz").json() == {"status": "ok", "replica": "r1"}
-        body = http.get(f"{base}/metrics").text
-        assert "echo_ray_frames_generated_total 17.0" in body
-        assert "s1" not in body
+        # A chunk is counted after its readers have it.
+        made = lambda: http.get(f"{base}/metrics").text  # noqa: E731
+        assert eventually(lambda: "echo_ray_frames_generated_total 17.0" in made())
+        assert "s1" not in made()
         assert eventually(lambda: bench.directory.replicas()[0].sessions == ("s1",))
+        assert eventually(lambda: bench.directory.replicas()[0].chunk_seconds > 0)
         record = bench.directory.replicas()[0]
         assert (record.address, record.model, record.state) == (
             replica.address,
             "echo-tiny",
             "ready",
         )
-        assert record.chunk_seconds > 0
         assert http.get(f"{base}/nothing").status_code == 404
 
 

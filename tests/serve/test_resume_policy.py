@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from drain_rig import COUNT, PROMPT, Rig, run, until, view
+from drain_rig import COUNT, PROMPT, Rig, Seen, run, until, view
 from fakes import FakeEngine
 
 from echo_ray import wire
@@ -44,8 +44,12 @@ def test_a_compatible_device_goes_on_and_marks_where_it_differs(
             rig.replicas.start("b", Device(OTHER))
             await rig.drain("a")
 
+        async def gone() -> None:
+            await until(lambda: rig.owner(sid) == "b")
+
         with caplog.at_level(logging.ERROR, logger="echo_ray"):
-            seen = await view(client, sid, {9: leave})
+            # Chunk 16 is a point: what is made after it is the other's own.
+            seen = await view(client, sid, {9: leave, 11: gone})
         assert [s.index for s in seen.segments] == list(range(COUNT))
         marked = [s for s in seen.segments if s.metadata.discontinuity]
         assert [s.metadata.owner for s in marked][:1] == ["b"]
@@ -69,20 +73,21 @@ def test_what_may_not_go_on_waits_with_a_reason_and_goes_on_exactly_where_it_may
         client = rig.clients[0]
         sid = (await client.create(PROMPT, seed=2))["id"]
         before: list[int] = []
+        seen = Seen()
 
         async def leave() -> None:
             rig.replicas.start("b", Device(other))
-            await rig.drain("a", {"deadline_s": 0.5})
+            await rig.drain("a", {"deadline_s": 3.0})
 
         async def come_back() -> None:
             await until(lambda: rig.state("a") == "drained")
-            await asyncio.sleep(2.0)
+            await until(lambda: bool(seen.told(wire.ErrorMessage)))
             record = rig.replicas.directory.get(sid)
             assert (record.state, record.owner) == (SessionState.LIVE, None)
             before.append(record.next_index)
             rig.replicas.start("c", Device(HERE))
 
-        seen, _ = await asyncio.gather(view(client, sid, {6: leave}), come_back())
+        await asyncio.gather(view(client, sid, {6: leave}, seen), come_back())
         assert [s.index for s in seen.segments] == list(range(COUNT))
         assert not any(s.metadata.discontinuity for s in seen.segments)
         (told,) = seen.told(wire.ErrorMessage)

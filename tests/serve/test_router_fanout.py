@@ -9,6 +9,7 @@ import pytest
 from fake_replica import SHAPE
 from router_rig import CONFIG, Rig, eventually, run
 
+from echo_ray.serve import viewers
 from echo_ray.serve.cursor import Ring, Viewer
 from echo_ray.serve.relay import wanted_until
 from echo_ray.serve.upstream import WireSegment
@@ -22,10 +23,14 @@ def test_viewers_of_one_format_share_one_upstream() -> None:
         sid = await rig.create()
         async with rig.watch(sid, "&from=0") as one, rig.watch(sid, "&from=0") as two:
             await asyncio.gather(one.until(6), two.until(6))
+            # Else the stream might get beyond the edge by more than is kept, before it is joined.
+            fake.hold()
             async with rig.watch(sid) as late:
-                await asyncio.gather(one.until(12), two.until(12), late.read())
-                await late.until(12)
+                await late.until_type("video.start")
+                fake.go_on()
                 start = late.messages[1]["from"]
+                last = max(start, one.indices[-1], two.indices[-1]) + 6
+                await asyncio.gather(one.until(last), two.until(last), late.until(last))
         assert fake.pulls == [(sid, "raw", 0)]
         one.check(0)
         two.check(0)
@@ -136,11 +141,12 @@ def test_reading_speed_is_the_backpressure_of_pace_max() -> None:
             await viewer.send({"type": "session.ack", "chunk_index": 0})
             await viewer.send({"type": "ping"})
             await viewer.until_type("pong")
-            reached = rig.directory.get(sid).next_index
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.3):
-                    await viewer.until(reached + 2)
-            held = rig.directory.get(sid).next_index
+            # What was wanted before the acknowledgement came is still made.
+            held = 0
+            while held != rig.directory.get(sid).next_index:
+                held = rig.directory.get(sid).next_index
+                await viewer.until(held - 1)
+                await asyncio.sleep(0.5)
             await viewer.send({"type": "session.ack", "chunk_index": held - 1})
             await viewer.until(held + 1)
             assert rig.directory.get(sid).next_index == held + 2
@@ -149,7 +155,12 @@ def test_reading_speed_is_the_backpressure_of_pace_max() -> None:
     run(test)
 
 
-def test_a_viewer_slower_than_the_retention_is_let_go_and_others_are_not_held_up() -> None:
+def test_a_viewer_slower_than_the_retention_is_let_go_and_others_are_not_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It hears why when it reads at last, which is after the other one has seen it all.
+    monkeypatch.setattr(viewers, "FAREWELL_S", 50.0)
+
     async def test(rig: Rig) -> None:
         rig.replica("a", padding=2_000_000)
         rig.router()
@@ -231,6 +242,9 @@ def test_a_long_outage_is_told_as_a_retryable_error(monkeypatch: pytest.MonkeyPa
             await fake.crash()
             rig.directory.remove_replica("a")
             told = await viewer.until_type("error")
+            while told["code"] == "unavailable":
+                # That it cannot be reached comes first where that took long.
+                told = await viewer.until_type("error")
             assert told["code"] == "no_replica"
             assert told["retryable"] is True
             rig.replica("b")

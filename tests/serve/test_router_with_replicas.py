@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fakes import FakeEngine, undisturbed
-from replicas import Replicas
+from replicas import Replicas, eventually
 
 from echo_ray.client import EchoClient, Segment
 from echo_ray.config import HttpSection
@@ -37,7 +37,7 @@ def run(test: Test, **session: Any) -> None:
         )
         router = RouterService(front, rng)
         try:
-            async with asyncio.timeout(40), EchoClient(f"http://{router.address}") as client:
+            async with asyncio.timeout(55), EchoClient(f"http://{router.address}") as client:
                 await test(replicas, client)
         finally:
             await router.stop()
@@ -154,6 +154,7 @@ def test_pause_resume_and_past_segments() -> None:
                 break
         exact(seen, {})
         assert await client.segment(sid, 3) == seen[3].data
+        assert await asyncio.to_thread(eventually, lambda: replicas.directory.snapshots(sid) != [])
         assert (await client.pin_snapshot(sid))["pinned"] is True
         assert {r["id"] for r in await client.replicas()} >= {"b"}
 

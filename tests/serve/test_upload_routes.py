@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from router_rig import CONFIG, Rig, run
+from router_rig import CONFIG, Rig, eventually, run
 from uploads import memory_bomb, mp4, sound, still
 
 from echo_ray.client import EchoClient
@@ -216,32 +216,49 @@ def test_a_store_that_cannot_keep_the_clip_creates_no_session() -> None:
 
 def test_so_many_clips_at_a_time_and_none_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body_limit, "UPLOADS_AT_ONCE", 2)
-    monkeypatch.setattr(body_limit, "UPLOAD_S", 1.0)
     monkeypatch.setattr(body_limit, "DISCARD_S", 0.2)
+    begun: list[int] = []
+    clip = body_limit.BodyLimit._clip
+
+    async def noted(limit: body_limit.BodyLimit, body: Any) -> list[bytes]:
+        begun.append(1)
+        return await clip(limit, body)
+
+    monkeypatch.setattr(body_limit.BodyLimit, "_clip", noted)
+
+    async def slow(rig: Rig) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """An upload that has begun and never ends."""
+        count = len(begun)
+        host, port = rig.routers[0].address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+        await eventually(lambda: len(begun) > count)
+        return reader, writer
 
     async def test(rig: Rig) -> None:
         rig.replica("a")
         rig.router()
-        host, port = rig.routers[0].address.split(":")
-        slow = []
-        for _ in range(2):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(
-                b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
-                b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
-            )
-            await writer.drain()
-            slow.append((reader, writer))
-        await asyncio.sleep(0.1)
+        _, first = await slow(rig)
+        with monkeypatch.context() as patch:
+            patch.setattr(body_limit, "UPLOAD_S", 1.0)
+            reader, writer = await slow(rig)
+        said = await reader.read()
+        assert said.startswith(b"HTTP/1.1 400 ")
+        assert b"did not arrive" in said
+        writer.close()
+        _, second = await slow(rig)
         answer = await upload(rig, parts(clip=b"junk"))
         refusal(answer, 429, "capacity_exhausted", "2 clips")
         assert int(answer.headers["retry-after"]) >= 1
-        for reader, writer in slow:
-            said = await reader.read()
-            assert said.startswith(b"HTTP/1.1 400 ")
-            assert b"did not arrive" in said
+        for writer in (first, second):
             writer.close()
-        refusal(await upload(rig, parts(clip=b"junk")), 400, "clip_invalid")
+        while (answer := await upload(rig, parts(clip=b"junk"))).status_code == 429:
+            # The service has not noticed yet that both have left.
+            pass
+        refusal(answer, 400, "clip_invalid")
 
     run(test)
 
