@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt lint types arch test test-serve test-rest test-fast test-slow test-ray sim scale bench bench-cpu-proxy demo parity train chaos check clean
+.PHONY: help setup fmt lint types arch test test-serve test-rest test-fast test-slow test-ray sim scale bench bench-gpu bench-cpu-proxy demo parity train chaos check clean
 
 help: ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ scale: $(STAMP) ## what 10,000 sessions cost the stores, and losing 5 % of 2,000
 
 bench: $(STAMP) ## chunk time by stage, snapshot and restore, router overhead
 	$(BIN)/pytest -m bench --benchmark-only --benchmark-columns=median,iqr,min,max,rounds --benchmark-sort=name
+
+bench-gpu: $(STAMP) ## the engine on a GPU against the published loop, gate first (ARGS="--minutes 10")
+	$(BIN)/echo-ray bench gpu $(ARGS)
 
 bench-cpu-proxy: $(STAMP) ## the engine against the published loop at a small size, and its budgets (UPDATE=1)
 	UPDATE=$(UPDATE) $(BIN)/pytest tests/benchmark/test_cpu_proxy.py

@@ -238,7 +238,7 @@ class Baseline:
         if self.shape.cross_attn_norm:
             y = layer_norm(h, self.shape.eps, w[p + "norm3.weight"], w[p + "norm3.bias"])
         q = self._heads(self._normed(y, p + "cross_attn.", "q"))
-        read = self.attend(q, *cross).flatten(2)
+        read = self.attend(q, *cross)
         h = h + self._linear(read, p + "cross_attn.o")
         y = self._modulated(h, scale2, shift2, call.frames)
         y = gelu_mlp(self.dit, p + "ffn.0", p + "ffn.2", y)
@@ -264,7 +264,7 @@ class Baseline:
             seen_k.append(self.turns.turn(keys[:, sink : write.stop], local_at))
             seen_v.append(values[:, sink : write.stop])
         q = self.turns.turn(q, query_at)
-        read = self.attend(q, torch.cat(seen_k, dim=1), torch.cat(seen_v, dim=1)).flatten(2)
+        read = self.attend(q, torch.cat(seen_k, dim=1), torch.cat(seen_v, dim=1))
         return self._linear(read, p + "o"), write
 
     def _placed(self, k: Tensor, v: Tensor, cache: LayerCache, call: _Call) -> _Write:

@@ -15,7 +15,7 @@ from torch.nn import functional as fn
 from echo_ray.preset import DiTShape, Preset
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries [B, N, H, D], keys and values [B, M, H, D] -> [B, N, H, D]."""
+"""Queries [B, N, H, D], keys and values [B, M, H, D] -> [B, N, C], as `model.backends` has it."""
 
 _ROPE_BASE = 10_000.0
 _LEVELS = 1000
@@ -26,7 +26,7 @@ def attend_plain(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor) -> Tensor:
     out = fn.scaled_dot_product_attention(
         q_BNHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2)
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True, slots=True)

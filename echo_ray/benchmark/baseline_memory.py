@@ -33,7 +33,7 @@ class BaselineMemory:
             q = self._linear(rms_norm(z, w[p + "norm1.weight"], eps), p + "q")
             if self.shape.qk_norm:
                 q = rms_norm(q, w[p + "norm_q.weight"], eps)
-            z = z + self._linear(attend(self._heads(q), k_BEHD, v_BEHD).flatten(2), p + "o")
+            z = z + self._linear(attend(self._heads(q), k_BEHD, v_BEHD), p + "o")
             y = rms_norm(z, w[p + "norm2.weight"], eps)
             z = z + gelu_mlp(w, p + "ffn.0", p + "ffn.2", y)
         new = gelu_mlp(w, "connector_proj.0", "connector_proj.2", z)

@@ -60,7 +60,7 @@ def compare(
     With a second prompt, it is switched to in the middle of the mature phase.
     """
     ours, theirs = generator.start(prompts[0]), baseline.start(prompts[0])
-    switch_at = FIRST_MATURE + max(1, (chunks - FIRST_MATURE) // 2)
+    switch_at = FIRST_MATURE + (chunks - FIRST_MATURE) // 2
     for chunk in range(chunks):
         if len(prompts) > 1 and chunk == switch_at:
             generator.switch(ours, prompts[1])
