@@ -21,7 +21,7 @@ from fakes import FakeClock
 from echo_ray.storage.redis_directory import RedisDirectory
 from echo_ray.storage.redis_link import Command
 
-STARTS_S = 10
+STARTS_S = 40
 
 
 class RedisProcess:

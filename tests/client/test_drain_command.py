@@ -50,7 +50,7 @@ def test_a_replica_on_a_fixed_port_is_drained(replicas, capsys):
     replicas.config = from_mapping(EchoConfig, {"http": {"replica_port": port}})
     generator = replicas.start("a")
     assert generator.address == f"127.0.0.1:{port}"
-    assert cli.main(["drain", "127.0.0.1", "--port", str(port), "--within", "5"]) == 0
+    assert cli.main(["drain", "127.0.0.1", "--port", str(port), "--within", "40"]) == 0
     assert generator.host.record().state == "drained"
     assert capsys.readouterr().err == ""
 
@@ -63,7 +63,7 @@ def test_with_access_on_it_shows_the_secret_of_the_routers(replicas, tmp_path, c
     given = {"http": {"replica_port": port}, "access": access}
     replicas.config = from_mapping(EchoConfig, given)
     generator = replicas.start("a")
-    words = ["drain", "127.0.0.1", "--port", str(port), "--within", "5"]
+    words = ["drain", "127.0.0.1", "--port", str(port), "--within", "40"]
     assert cli.main(words) == 1
     assert "refused to drain: Client error '401" in capsys.readouterr().err
     assert generator.host.record().state == "ready"
@@ -93,7 +93,7 @@ def test_a_busy_replica_is_asked_again():
 def test_where_no_replica_listens_there_is_nothing_to_do(capsys):
     assert asked(httpx.ConnectError("refused"))[0] == 0
     port = str(free_port())
-    assert cli.main(["drain", "127.0.0.1", "--port", port, "--within", "5"]) == 0
+    assert cli.main(["drain", "127.0.0.1", "--port", port, "--within", "40"]) == 0
     assert capsys.readouterr().err == ""
 
 

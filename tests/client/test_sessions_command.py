@@ -33,13 +33,14 @@ async def said(rig: Rig, *words: str, status: int = 0) -> str:
     """What the command prints, on stdout if it did it and on stderr if it was refused."""
     program = [sys.executable, "-c", "import sys; from echo_ray.cli import main; sys.exit(main())"]
     call = [*program, "sessions", "--url", rig.url(""), *words]
-    done = await asyncio.to_thread(subprocess.run, call, capture_output=True, text=True, timeout=20)
+    done = await asyncio.to_thread(subprocess.run, call, capture_output=True, text=True, timeout=60)
     assert done.returncode == status, done.stderr
     silent, spoken = (done.stderr, done.stdout) if status == 0 else (done.stdout, done.stderr)
     assert silent == ""
     return spoken.strip()
 
 
+@pytest.mark.timeout(200)
 def test_every_verb(tmp_path: Path) -> None:
     file = tmp_path / "one.echo"
 
@@ -80,9 +81,10 @@ def test_every_verb(tmp_path: Path) -> None:
             successor.split()[0],
         }
 
-    run(test)
+    run(test, limit_s=190)
 
 
+@pytest.mark.timeout(200)
 def test_what_is_refused_is_one_line_with_the_code(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         rig.replica("a")
@@ -102,7 +104,7 @@ def test_what_is_refused_is_one_line_with_the_code(tmp_path: Path) -> None:
             assert "\n" not in line
         assert await asyncio.to_thread(os.listdir, tmp_path) == []
 
-    run(test)
+    run(test, limit_s=190)
 
 
 def test_no_service_no_verb_no_chunk(capsys: pytest.CaptureFixture[str]) -> None:

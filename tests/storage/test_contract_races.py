@@ -27,7 +27,7 @@ def together(*jobs: Callable[[], object]) -> list[object]:
     start = threading.Barrier(len(jobs))
 
     def run(job: Callable[[], object]) -> object:
-        start.wait(10)
+        start.wait(50)
         return job()
 
     interval = sys.getswitchinterval()
@@ -42,7 +42,7 @@ def together(*jobs: Callable[[], object]) -> list[object]:
 def claims_won(directory: Directory, owner: str, rounds: int, gate: threading.Barrier) -> list[int]:
     won = []
     for epoch in range(rounds):
-        gate.wait(10)
+        gate.wait(50)
         try:
             directory.claim("s1", owner, expect_epoch=epoch, ttl_s=1)
         except Fenced:
@@ -70,7 +70,7 @@ def test_an_entry_is_never_pinned_at_or_below_a_sealed_chunk(directory: Director
     def generate() -> None:
         try:
             for n in range(chunks):
-                assert spoken.acquire(timeout=10)
+                assert spoken.acquire(timeout=50)
                 sealed[n] = [e.event_id for e in directory.seal(lease, n)]
                 directory.commit(lease, n, "d", "fp")
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeClock
 from redis_server import RedisProcess, Wire
+from replicas import eventually
 from stored import new, owned, produce, ref
 
 from echo_ray.errors import EchoError, Fenced, SessionNotFound, StoreUnavailable
@@ -33,7 +34,7 @@ def server(tmp_path: Path, mode: str) -> Iterator[RedisProcess]:
 
 
 def opened(port: int, mode: str = "always") -> RedisDirectory:
-    there = RedisServer(url=f"redis://127.0.0.1:{port}/0", timeout_s=5)
+    there = RedisServer(url=f"redis://127.0.0.1:{port}/0", timeout_s=20)
     return RedisDirectory(there, FakeClock(), durability=mode)
 
 
@@ -82,8 +83,14 @@ def test_a_stream_whose_server_is_killed_again_and_again_loses_nothing(
 
     speaker = threading.Thread(target=speak)
     speaker.start()
+
+    def kill_after(chunks: int, events: int) -> None:
+        """In the middle of whatever comes next, once there is so much more."""
+        assert eventually(lambda: made[0] >= chunks and len(told) >= events)
+        server.kill()
+
     for crash in range(3):
-        timer = threading.Timer(0.15, server.kill)
+        timer = threading.Thread(target=kill_after, args=(made[0] + 2, len(told) + 2))
         timer.start()
         while True:
             try:
@@ -99,7 +106,7 @@ def test_a_stream_whose_server_is_killed_again_and_again_loses_nothing(
         assert made[0] <= record.next_index <= made[0] + 1, crash
         made[0] = record.next_index
     over.set()
-    speaker.join(10)
+    speaker.join(50)
     log = directory.controls("s1")
     for index in range(made[0]):
         assert sealed[index] == [e.event_id for e in log if e.chunk == index]

@@ -20,7 +20,7 @@ CHUNKS = 60
 def test_the_stream_is_the_undisturbed_one(tmp_path: Path) -> None:
     server = RedisProcess(tmp_path).start()
     there = RedisServer(url=server.url, timeout_s=0.3)
-    with Replicas(lease_ttl_s=6.0) as replicas:
+    with Replicas(lease_ttl_s=60.0) as replicas:
         own = RedisDirectory(there, replicas.clock)
         replicas.directory = own  # type: ignore[assignment]
         store = RedisSnapshots(there)

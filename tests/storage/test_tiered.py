@@ -346,7 +346,7 @@ def test_a_thread_pays_and_ends(tiers: Tiers) -> None:
     tiers.durable.before_put = stored.set
     tiers.store.start()
     tiers.put("p0")
-    assert stored.wait(5)
+    assert stored.wait(50)
     tiers.store.close()
     assert tiers.durable.held == {"p0"}
     assert not tiers.store._thread.is_alive()  # type: ignore[union-attr]
@@ -361,7 +361,7 @@ def test_the_thread_tries_again_and_once_more_at_the_end() -> None:
     tiers.durable.before_put = lambda: next(rest, tries[-1]).set()
     tiers.store.start()
     tiers.put("p0")
-    assert all(t.wait(5) for t in tries)
+    assert all(t.wait(50) for t in tries)
     tiers.store._retry_s = 60.0
     tiers.durable.down = None
     tiers.store.close()
