@@ -32,6 +32,7 @@
     ├── ChunkUnreachable       chunk_unreachable      410  1008   no snapshot leads there any more
     ├── ClipLost               clip_lost              410  1008   a session's clip is gone
     ├── CapacityError          capacity_exhausted     429  1013   retry later
+    │   ├── DeviceFull         device_full            429  1013   no memory for one more session
     │   ├── QuotaExceeded      quota_exceeded         429  1013   of the tenant
     │   └── ViewerTooSlow      viewer_too_slow        429  1013   fell behind the retention
     ├── UnavailableError       unavailable            503  1013
@@ -212,6 +213,10 @@ class ClipLost(EchoError):
 
 class CapacityError(EchoError):
     code, http_status, ws_close, retryable = "capacity_exhausted", 429, 1013, True
+
+
+class DeviceFull(CapacityError):
+    code = "device_full"
 
 
 class QuotaExceeded(CapacityError):

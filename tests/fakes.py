@@ -108,6 +108,7 @@ class FakeEngine:
         self.slices = slices
         self.refuses = refuses
         self.failing: list[int] = []
+        self.fell_back: dict[str, int] = {}
         self.advanced: list[str] = []
         """For every slice, the prompt that its session was opened with."""
         self.stepped: list[int] = []
@@ -191,6 +192,9 @@ class FakeEngine:
 
     def state_bytes(self, state: FakeState) -> int:
         return len(state.hidden)
+
+    def fallbacks(self) -> dict[str, int]:
+        return dict(self.fell_back)
 
     def memory(self) -> dict[str, int]:
         return {"resident": 4096}

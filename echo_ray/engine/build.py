@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 import torch
@@ -10,17 +11,18 @@ import torch
 from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
+from echo_ray.engine.room import GIB, decoder_numbers, window_numbers
+from echo_ray.engine.rounding import compile_kernels
 from echo_ray.errors import ConfigError, DeviceMissing, MemoryShort
 from echo_ray.model.backends import Attention, Machine, choose, choose8
-from echo_ray.model.codec import Codec
 from echo_ray.model.computing import Precision, use
-from echo_ray.preset import DiTShape, Preset, UMT5Shape, load_preset, with_codec
+from echo_ray.preset import CacheShape, DiTShape, Preset, UMT5Shape, load_preset, with_codec
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
 from echo_ray.weights.modules import Modules, TextPlace, load_modules
-from echo_ray.weights.parts import DTYPES, build_parts, codec_part
+from echo_ray.weights.parts import DTYPES, build_parts
 
-GIB = 2**30
+WARM_UP_PROMPT = "a red circle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def build_engine(config: ModelSection) -> EchoEngine:
     check_room(preset, device, text_device)
     text = TextPlace(device=text_device, keep=config.keep_text_encoder)
     modules = plan.applied(load_modules(preset, folder, device, text))
-    return EchoEngine(
+    engine = EchoEngine(
         preset,
         modules,
         device,
@@ -62,6 +64,25 @@ def build_engine(config: ModelSection) -> EchoEngine:
         text=text_device,
         graphs=config.graphs,
     )
+    if device.type == "cuda":
+        compile_kernels(partial(warm_up, engine, preset.cache))
+    return engine
+
+
+def warm_up(engine: EchoEngine, cache: CacheShape) -> None:
+    """A stream that has every phase of one: the window fills, the memory comes and is seen from the
+    first forward on, a point, a switch, and coming back."""
+    state = engine.open(WARM_UP_PROMPT, 0)
+    try:
+        saved = engine.save(state)
+        for _ in range(max(cache.window_frames // cache.frames_per_chunk + 2, cache.point_every)):
+            engine.step(state)
+            if state.at_point:
+                saved = engine.save(state)
+        engine.step(state, [WARM_UP_PROMPT])
+    finally:
+        engine.close(state)
+    engine.close(engine.load(saved))
 
 
 def computing_of(config: ModelSection, preset: Preset, machine: Machine) -> Plan:
@@ -119,25 +140,8 @@ def needed_bytes(preset: Preset, *, with_text: bool) -> int:
         for p in module.parameters()
         if with_text or name != "text"
     )
-    codec = parts[codec_part(preset.codec)]
-    if isinstance(codec, Codec):
-        numbers += _decoder_numbers(codec, preset)
-    return (numbers + _window_numbers(preset)) * DTYPES[preset.dtype].itemsize
-
-
-def _window_numbers(preset: Preset) -> int:
-    """Un-rotated keys, and rotated keys and values beside those of the memory."""
-    dit, cache = preset.dit, preset.cache
-    frames = 3 * cache.window_frames + 2 * cache.memory_frames
-    return dit.num_layers * frames * dit.tokens_per_frame * dit.dim
-
-
-def _decoder_numbers(codec: Codec, preset: Preset) -> int:
-    """What the decoder keeps from the second latent on; nothing is computed for it."""
-    dit = preset.dit
-    size = (1, 2, dit.in_channels, dit.latent_height, dit.latent_width)
-    _, state = codec.decode(torch.zeros(size, device="meta"), codec.initial_state())
-    return sum(tensor.numel() for tensor in state.values())
+    numbers += window_numbers(preset) + decoder_numbers(preset)[0]
+    return numbers * DTYPES[preset.dtype].itemsize
 
 
 def check_room(preset: Preset, device: torch.device, text_device: torch.device) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echo_kernels import frames_to_uint8
+from echo_kernels import fallbacks, frames_to_uint8
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
@@ -24,6 +24,8 @@ from echo_ray.engine.graphs import CudaRecorder
 from echo_ray.engine.lanes import Mark, lanes_of
 from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
+from echo_ray.engine.room import Room, room_of
+from echo_ray.engine.rounding import Rounding
 from echo_ray.engine.slices import Slices
 from echo_ray.engine.state import CompactState, Prompt, SessionState, pack, unpack
 from echo_ray.engine.step import EngineStep, Stages
@@ -55,8 +57,9 @@ class EchoEngine:
         prompts_kept: int = 64,
         text: torch.device | None = None,
         graphs: bool = True,
+        room: Room | None = None,
     ) -> None:
-        """`text`: where prompts are encoded, if not on `device`.
+        """`text`: where prompts are encoded, if not on `device`. `room`: None for the device's.
 
         `graphs`: replay forwards as CUDA graphs; without CUDA every forward runs eagerly.
         """
@@ -75,8 +78,11 @@ class EchoEngine:
             recorder=CudaRecorder() if graphs and device.type == "cuda" else None,
         )
         self._prompts = PromptBook(modules.text, prompts_kept)
-        numerics = numerics_of(device, text or device, threads, modules.computing)
-        self._fingerprint = f"{model_identity(preset, modules)}/{numerics}"
+        self._room = room or room_of(preset, device)
+        identity, how = model_identity(preset, modules), (device, text or device, threads)
+        self._rounding = Rounding(
+            lambda failed: f"{identity}/{numerics_of(*how, modules.computing, failed)}"
+        )
 
     @property
     def shape(self) -> StreamShape:
@@ -84,7 +90,12 @@ class EchoEngine:
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint
+        """As `Engine.fingerprint`; another one once a kernel has failed, which rounds otherwise."""
+        return self._rounding.fingerprint
+
+    def fallbacks(self) -> Mapping[str, int]:
+        """See `Engine.fallbacks`."""
+        return fallbacks()
 
     def understood(self, prompt: str) -> tuple[list[str], list[str]]:
         """The prompt's words that the model knows, and those it ignores."""
@@ -96,11 +107,11 @@ class EchoEngine:
             raise InvalidRequestError(
                 f"seed {seed} is not from 0 to {SEED_LIMIT - 1}", param="seed"
             )
-        with self._running():
+        with self._running(), self._room.taken(has_window=self._generator.arenas.free > 0):
             written = self._look_up(prompt)
             given = self._encoded(first_frames)
             latent = self._generator.start(self._embed(written))
-        return self._state(written, written, seed, latent, given, DriftState())
+            return self._state(written, written, seed, latent, given, DriftState())
 
     def begin(self, state: SessionState, prompts: Sequence[str] = ()) -> EngineStep:
         """Begin to generate the next chunk, a forward or the decoding a slice; see `Engine.begin`.
@@ -108,6 +119,7 @@ class EchoEngine:
         Raises `EngineError` for a state in the middle of a step.
         """
         self._check_whole(state)
+        self._rounding.check(state.fingerprint, state.next_index)
         state.whole = False
         what = f"chunk {state.next_index} on {self._device}"
         return EngineStep(self._slices(state, tuple(prompts)), self._slicing, what)
@@ -134,6 +146,7 @@ class EchoEngine:
         frames, numbers = self._decode(state, latents, query, clean, stages)
         with stages.on_host("drift"):
             drift = self._drift(state, frames, numbers, restart=bool(prompts))
+        self._rounding.check(state.fingerprint, index)
         data = frames.tobytes()
         count, height, width, _ = frames.shape
         state.whole = True
@@ -161,7 +174,7 @@ class EchoEngine:
             raise EngineError(
                 f"chunk {state.next_index} is not a point; points are multiples of {every}"
             )
-        return pack(state, self._fingerprint, self._lanes)
+        return pack(state, self.fingerprint, self._lanes)
 
     def save(self, state: SessionState) -> Snapshot:
         """The state at a point, as a value; refuses as `saving`."""
@@ -177,11 +190,11 @@ class EchoEngine:
 
     def load(self, snapshot: Snapshot) -> SessionState:
         """Rebuild a state from its compact form. Raises `SnapshotError` if a part does not fit."""
-        ours, theirs = self._fingerprint.rsplit("/", 1)[0], snapshot.fingerprint.rsplit("/", 1)[0]
+        ours, theirs = self.fingerprint.rsplit("/", 1)[0], snapshot.fingerprint.rsplit("/", 1)[0]
         if ours != theirs:
             raise SnapshotForeign(f"snapshot is of model {theirs!r}; this engine runs {ours!r}")
         compact = unpack(snapshot, with_memory=self._modules.memory is not None)
-        with self._running():
+        with self._running(), self._room.taken(has_window=self._generator.arenas.free > 0):
             latent = self._latent(compact)
             given = self._given(compact)
             state = self._state(
@@ -285,7 +298,9 @@ class EchoEngine:
     ) -> SessionState:
         decoder = self._modules.codec.initial_state()
         every = self._preset.cache.point_every
-        return SessionState(seed, prompt, sink_prompt, given, latent, decoder, drift, every)
+        return SessionState(
+            seed, prompt, sink_prompt, given, latent, decoder, drift, every, self.fingerprint
+        )
 
     def _next_latents(self, state: SessionState, stages: Stages) -> Slices[Tensor]:
         """The next chunk's clean latents: given ones while there are any, else denoised."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -25,14 +26,22 @@ def model_identity(preset: Preset, modules: Modules) -> str:
 
 
 def numerics_of(
-    device: torch.device, text: torch.device, threads: int, computing: Computing
+    device: torch.device,
+    text: torch.device,
+    threads: int,
+    computing: Computing,
+    failed: Sequence[str] = (),
 ) -> str:
-    """Everything that decides how it is rounded: a hash, and before it a precision's name."""
+    """Everything that decides how it is rounded: a hash, and before it a precision's name.
+
+    `failed`: ops whose kernel has failed, so that their truth runs.
+    """
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device) + (" reference" if check_choice() else "")
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
     all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"
     all_of_it += f"|{computing}" if str(computing) else ""
+    all_of_it += f"|without {','.join(failed)}" if failed else ""
     found = hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
     return found if computing.precision is Precision.EXACT else f"{computing.precision}-{found}"

@@ -54,6 +54,8 @@ class SessionState:
     decoder: dict[str, Tensor]
     drift: DriftState
     point_every: int
+    fingerprint: str
+    """Of the engine when it was opened or loaded: how all of it was rounded."""
     whole: bool = True
     """False from the begin of a step to its end, and for ever if it does not come to one."""
     spans: list[tuple[str, Span]] = field(default_factory=list)

@@ -37,6 +37,7 @@ class ProgressAccounts:
         self._tracer = tracer
         self._lock = threading.Lock()
         self._chunk_seconds = 0.0
+        self._fallbacks: dict[str, int] = {}
 
     @property
     def chunk_seconds(self) -> float:
@@ -84,6 +85,14 @@ class ProgressAccounts:
         """What the engine takes now, by kind."""
         for kind, size in size_bytes.items():
             self._telemetry.set("device_memory_bytes", size, kind=kind)
+
+    def kernels(self, fallbacks: Mapping[str, int]) -> None:
+        """How often the engine went without a kernel, of each so far."""
+        for kernel, count in fallbacks.items():
+            more = count - self._fallbacks.get(kernel, 0)
+            if more > 0:
+                self._telemetry.count("kernel_fallbacks", more, kernel=kernel)
+        self._fallbacks = dict(fallbacks)
 
     def first_chunk(self, seconds: float, *, resumed: bool) -> None:
         start = "resume" if resumed else "new"

@@ -245,6 +245,7 @@ class Progress:
             bench.accounts.first_chunk(now_s - now.arrived_s, resumed=now.resumed)
         runner.state_bytes = bench.engine.state_bytes(state)
         bench.accounts.memory(bench.engine.memory())
+        bench.accounts.kernels(bench.engine.fallbacks())
         self._save(state)
 
     def _save(self, state: State) -> None:

@@ -166,6 +166,13 @@ REPLICAS: tuple[MetricSpec, ...] = (
         ("expired", "taken"),
     ),
     MetricSpec("engine_failures", "counter", "steps", "Engine steps or loads that failed."),
+    MetricSpec(
+        "kernel_fallbacks",
+        "counter",
+        "calls",
+        "Calls of a kernel that ran its plain form because it does not compile or launch here.",
+        ("kernel",),
+    ),
     MetricSpec("state_bytes", "gauge", "bytes", "Memory of the sessions' states here."),
     MetricSpec("device_memory_bytes", "gauge", "bytes", "Memory of the engine.", ("kind",)),
     MetricSpec("readers", "gauge", "readers", "Open pulls on this replica."),

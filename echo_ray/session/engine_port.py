@@ -149,6 +149,10 @@ class Engine(Protocol):
         """Memory of a state, window and decoder included."""
         ...
 
+    def fallbacks(self) -> Mapping[str, int]:
+        """Calls by kernel that ran its plain form, because it had failed on this device."""
+        ...
+
     def memory(self) -> Mapping[str, int]:
         """Bytes that the engine takes, by a few fixed kinds."""
         ...

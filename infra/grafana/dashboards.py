@@ -184,6 +184,16 @@ REPLICA = (
         (("sum by (instance, kind) (echo_ray_device_memory_bytes{%})", "{{kind}} {{instance}}"),),
     ),
     Panel("Engine failures", "short", rates("echo_ray_engine_failures_total", "instance")),
+    Panel(
+        "Kernels that fell back to plain PyTorch, calls",
+        "short",
+        (
+            (
+                f"sum by (instance, kernel) (rate(echo_ray_kernel_fallbacks_total{{%}}[{W}]))",
+                "{{kernel}} {{instance}}",
+            ),
+        ),
+    ),
 )
 RECOVERY = (
     Panel("Sessions waiting for a replica", "short", WAITING),

@@ -7,7 +7,7 @@ truth. Triton itself is imported when the first kernel is.
 from __future__ import annotations
 
 from echo_kernels.chunk_advance import chunk_advance, place_memory
-from echo_kernels.dispatch import check_choice, fallbacks
+from echo_kernels.dispatch import check_choice, failed, fallbacks
 from echo_kernels.frames_to_uint8 import frames_to_uint8
 from echo_kernels.gated_residual_norm import (
     residual_layernorm,
@@ -29,6 +29,7 @@ __all__ = [
     "Slots",
     "check_choice",
     "chunk_advance",
+    "failed",
     "fallbacks",
     "frames_to_uint8",
     "gelu_rows8",

@@ -17,6 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger("echo_kernels")
 _fallbacks: dict[str, int] = {}
+_failed: set[str] = set()
 
 
 class Op(Generic[P, R]):
@@ -40,7 +41,6 @@ class Op(Generic[P, R]):
         self.check = check
         self.truth = truth
         self.kernel = kernel
-        self.failed = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # A compiler fuses the truth itself; what it cannot trace stays out of its sight.
@@ -49,13 +49,13 @@ class Op(Generic[P, R]):
         self.check(*args, **kwargs)
         if not _wants_kernel(_tensors((*args, *kwargs.values())), mixed=self.mixed):
             return self.truth(*args, **kwargs)
-        if not self.failed:
+        if self.name not in _failed:
             try:
                 return self.kernel(*args, **kwargs)
             except torch.OutOfMemoryError:
                 raise
             except Exception as e:  # compiler, assembler and launcher share no narrower class
-                self.failed = True
+                _failed.add(self.name)
                 _log.warning("kernel %s failed, its truth runs from here on: %s", self.name, e)
         _fallbacks[self.name] = _fallbacks.get(self.name, 0) + 1
         return self.truth(*args, **kwargs)
@@ -64,6 +64,11 @@ class Op(Generic[P, R]):
 def fallbacks() -> dict[str, int]:
     """Calls of this process, by op, that ran the truth because their kernel had failed."""
     return dict(_fallbacks)
+
+
+def failed() -> tuple[str, ...]:
+    """Ops of this process whose kernel has failed: they round as their truth does."""
+    return tuple(sorted(_failed))
 
 
 def check_choice() -> bool:

@@ -75,11 +75,14 @@ def test_a_stream_moves_slack_state_memory_and_parts():
             await becomes(lambda: value("echo_ray_state_bytes") == 32)
 
     with Replicas() as bench:
-        replica = bench.start("r1", Drifting(point_every=2))
+        engine = Drifting(point_every=2)
+        engine.fell_back = {"rms_norm": 3}
+        replica = bench.start("r1", engine)
         value = replica.telemetry.value
         bench.session(pace=Pace.REALTIME)
         asyncio.run(view(replica, bench.claim(replica), value))
         assert value("echo_ray_device_memory_bytes", kind="resident") == 4096
+        assert eventually(lambda: value("echo_ray_kernel_fallbacks_total", kernel="rms_norm") == 3)
 
         def made():
             return sum(value("echo_ray_chunks_total", on_time=known) for known in ("true", "false"))

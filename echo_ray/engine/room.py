@@ -1,0 +1,138 @@
+"""Whether one more session fits on a GPU, asked before anything of it is made.
+
+Shapes: Y layers, F frames, T tokens per frame, P text tokens, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
+
+import torch
+from torch import nn
+
+from echo_ray.errors import DeviceFull, EngineError
+from echo_ray.model.codec import Codec
+from echo_ray.preset import Preset
+from echo_ray.weights.parts import DTYPES, build_parts, codec_part
+
+GIB = 2**30
+RETRY_AFTER_S = 5.0
+LIVE_PICTURES = 4
+"""Results of the decoder's largest layer that are held at once: a residual branch beside its way
+round, input and output."""
+
+
+class Room:
+    """What a session of a preset takes of a device, and what of it is free."""
+
+    def __init__(self, preset: Preset, device: str, free: Callable[[], int] | None) -> None:
+        """`free`: bytes that can be had now; None: not ours to count, and nothing is refused."""
+        self._preset = preset
+        self._device = device
+        self._free = free
+
+    @cached_property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes of a session, by what they are for; counted from the preset's shapes."""
+        return session_parts(self._preset)
+
+    def check(self, *, has_window: bool = False) -> None:
+        """Raise `DeviceFull` unless one more session fits.
+
+        `has_window`: one that was left by another session waits for it.
+        """
+        if self._free is None:
+            return
+        missing, free = self._missing(has_window=has_window), self._free()
+        if sum(missing.values()) > free:
+            raise self._full(missing, f"{free:,} are free")
+
+    @contextmanager
+    def taken(self, *, has_window: bool = False) -> Iterator[None]:
+        """Check, then let a session be made. Memory that runs out nevertheless is a `DeviceFull`,
+        too: what is free may lie in pieces."""
+        self.check(has_window=has_window)
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            missing = self._missing(has_window=has_window)
+            raise self._full(missing, f"no room in one piece: {e}") from e
+
+    def _missing(self, *, has_window: bool) -> dict[str, int]:
+        return {n: size for n, size in self.parts.items() if not (has_window and n == "window")}
+
+    def _full(self, missing: Mapping[str, int], why: str) -> DeviceFull:
+        told = ", ".join(f"{name} {size:,}" for name, size in missing.items())
+        return DeviceFull(
+            f"a session of {self._preset.name} needs {sum(missing.values()):,} bytes on "
+            f"{self._device} ({told}), {why}; sessions that run here go on; close some, add a "
+            "replica, or lower limits.sessions_per_replica",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+def room_of(preset: Preset, device: torch.device) -> Room:
+    """The room on a GPU; a CPU's memory is the system's to share out."""
+    free = partial(free_bytes, device) if device.type == "cuda" else None
+    return Room(preset, str(device), free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a GPU has left: to anybody, and what PyTorch holds without using it."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def session_parts(preset: Preset) -> dict[str, int]:
+    """Bytes of one session: what it keeps, and what a forward or a decoding holds meanwhile."""
+    dit, cache, size = preset.dit, preset.cache, DTYPES[preset.dtype].itemsize
+    memory = 3 * cache.memory_frames * dit.tokens_per_frame * dit.dim
+    # The prompt that stands, and the sink's.
+    prompts = 2 * 2 * dit.num_layers * dit.text_len * dit.dim
+    # A switch passes the whole window at once: the stream, its norm, a branch's queries, keys and
+    # values or the feed-forward's two widths.
+    tokens = cache.window_frames * dit.tokens_per_frame
+    forward = tokens * (3 * dit.dim + max(3 * dit.dim, 2 * dit.ffn_dim))
+    state, largest = decoder_numbers(preset)
+    numbers = {
+        "window": window_numbers(preset),
+        "memory": memory,
+        "prompts": prompts,
+        "decoder": state,
+        "workspace": max(forward, LIVE_PICTURES * largest),
+    }
+    return {name: count * size for name, count in numbers.items()}
+
+
+def window_numbers(preset: Preset) -> int:
+    """Un-rotated keys, and rotated keys and values beside those of the memory."""
+    dit, cache = preset.dit, preset.cache
+    frames = 3 * cache.window_frames + 2 * cache.memory_frames
+    return dit.num_layers * frames * dit.tokens_per_frame * dit.dim
+
+
+def decoder_numbers(preset: Preset) -> tuple[int, int]:
+    """What the decoder keeps from the second latent on, and the largest of its layers' results.
+
+    Nothing is computed for it.
+    """
+    with torch.device("meta"):
+        codec = build_parts(preset)[codec_part(preset.codec)]
+    if not isinstance(codec, Codec) or not isinstance(codec, nn.Module):
+        raise EngineError(f"preset {preset.name} has no codec")
+    largest = 0
+
+    def note(module: nn.Module, given: object, result: object) -> None:
+        nonlocal largest
+        if isinstance(result, torch.Tensor):
+            largest = max(largest, result.numel())
+
+    dit = preset.dit
+    shape = (1, 2, dit.in_channels, dit.latent_height, dit.latent_width)
+    hooks = [module.register_forward_hook(note) for module in codec.modules()]
+    _, state = codec.decode(torch.zeros(shape, device="meta"), codec.initial_state())
+    for hook in hooks:
+        hook.remove()
+    return sum(tensor.numel() for tensor in state.values()), largest

@@ -1,0 +1,51 @@
+"""An engine's fingerprint, and what becomes of it when a kernel fails.
+
+A kernel that fails is replaced by its truth, which rounds otherwise. Kernels are tried before a
+fingerprint is told (`compile_kernels`); one that fails later changes it, and whatever was made
+under the old one is loaded again where that still is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from echo_kernels import failed
+from echo_ray.errors import EngineError
+
+
+class Rounding:
+    """How an engine rounds now."""
+
+    def __init__(self, told: Callable[[Sequence[str]], str]) -> None:
+        """`told`: the fingerprint without some kernels."""
+        self._told = told
+        self._failed = failed()
+        self.fingerprint = told(self._failed)
+
+    def check(self, made_under: str, chunk: int) -> None:
+        """Raise `EngineError` for a state of another fingerprint than the present one."""
+        if failed() != self._failed:
+            self._failed = failed()
+            self.fingerprint = self._told(self._failed)
+        if made_under != self.fingerprint:
+            raise EngineError(
+                f"chunk {chunk} would not be rounded as those before: kernels have failed since, "
+                f"now {len(self._failed)}: {', '.join(self._failed)}; the fingerprint was "
+                f"{made_under} and is {self.fingerprint}: load the state again"
+            )
+
+
+def compile_kernels(run: Callable[[], None]) -> None:
+    """Have `run` use every kernel, again for as long as it makes others fail.
+
+    Raises what it raises beside that.
+    """
+    while True:
+        before = failed()
+        try:
+            run()
+        except EngineError:
+            if failed() == before:
+                raise
+        if failed() == before:
+            return
