@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from echo_ray.errors import ClipLost, SnapshotError, StoreUnavailable
-from echo_ray.serve.bench import Bench
+from echo_ray.serve.bench import Bench, Making
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.session.engine_port import State
@@ -33,6 +33,7 @@ class Backfill:
         self._fetched: Fetched | None = None
         self._controls = ControlLog()
         self._state: State | None = None
+        self._making: Making | None = None
         self._made = 0
         self._failures = 0
         self._retry_at_s = -math.inf
@@ -56,7 +57,7 @@ class Backfill:
         return Turn(key, self._retry_at_s, due_s, self._served_s)
 
     def work(self) -> None:
-        """Fetch, load, or make one chunk again."""
+        """Fetch, load, or do a slice of a chunk that is made again."""
         self._served_s = self._bench.clock.monotonic()
         try:
             if self._state is None:
@@ -70,10 +71,10 @@ class Backfill:
             self._failed(error)
 
     def forget(self) -> None:
-        """Let go of the state, and of what was fetched."""
+        """Let go of the state, of a chunk in hand, and of what was fetched."""
         if self._state is not None:
             self._bench.engine.close(self._state)
-        self._state = self._fetched = self._fetching = None
+        self._state = self._fetched = self._fetching = self._making = None
 
     def _load(self) -> None:
         runner, bench, target = self._runner, self._bench, self._runner.past_next()
@@ -104,14 +105,20 @@ class Backfill:
         self._controls = ControlLog(fetched.entries)
 
     def _replay(self, state: State) -> None:
-        runner, fetched, index = self._runner, self._fetched, state.next_index
-        needed = runner.past_next()
+        runner, fetched, making = self._runner, self._fetched, self._making
+        index, needed = making.index if making else state.next_index, runner.past_next()
         known = fetched is not None and index < fetched.record.next_index
         if fetched is None or not known or (needed is not None and index > needed):
-            # The log that was fetched ends here, or somebody asks for what lies further back.
+            # The log that was fetched ends here, or somebody asks for what lies further back: a
+            # chunk in hand is left where it is, and the state with it.
             self.forget()
             return
-        segment = self._bench.step(state, self._controls)
+        if making is None:
+            making = self._making = self._bench.begin(state, self._controls)
+        segment = making.advance()
+        if segment is None:
+            return
+        self._making = None
         self._made += 1
         self._failures = 0
         self._bench.accounts.replayed()

@@ -1,4 +1,4 @@
-"""What all sessions of a replica work with on the engine thread, and one step of a session."""
+"""What all sessions of a replica work with on the engine thread, and one chunk of a session."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from echo_ray.serve.accounts import ProgressAccounts
 from echo_ray.serve.fetch import Fetch, Fetched
 from echo_ray.serve.segments import Segment
 from echo_ray.serve.snapshot_writer import SnapshotWriter
-from echo_ray.session.engine_port import Engine, State
+from echo_ray.session.engine_port import Engine, State, Step
 from echo_ray.session.fingerprint import ResumePolicy, allows, fit, unfit
-from echo_ray.session.replay import ControlLog
+from echo_ray.session.replay import ControlLog, EventMarks
 from echo_ray.storage.interface import Directory
 
 
@@ -51,18 +51,40 @@ class Bench:
             )
         return state
 
-    def step(self, state: State, controls: ControlLog) -> Segment:
-        """Make the state's next chunk. Whatever is raised, the state is lost."""
-        index, shape = state.next_index, self.engine.shape
-        began_s = self.clock.monotonic()
-        chunk = self.engine.step(state, controls.prompts(index))
-        seconds = self.clock.monotonic() - began_s
+    def begin(self, state: State, controls: ControlLog) -> Making:
+        """Begin to make the state's next chunk; the state is lost until it is there."""
+        index = state.next_index
+        step = self.engine.begin(state, controls.prompts(index))
+        return Making(self, step, controls.marks(index), index)
+
+
+class Making:
+    """A chunk in hand. Left where it is, it costs the state and nothing else."""
+
+    def __init__(self, bench: Bench, step: Step, marks: EventMarks, index: int) -> None:
+        self.index = index
+        self._bench = bench
+        self._step = step
+        self._marks = marks
+        self._seconds = 0.0
+
+    def advance(self) -> Segment | None:
+        """Do the next slice; the segment after the last. Whatever is raised, the state is lost.
+
+        Its seconds are those of its own slices, not of what the device did in between.
+        """
+        clock, shape, index = self._bench.clock, self._bench.engine.shape, self.index
+        began_s = clock.monotonic()
+        chunk = self._step.advance()
+        self._seconds += clock.monotonic() - began_s
+        if chunk is None:
+            return None
         if chunk.index != index:
             raise EngineError(f"the engine made chunk {chunk.index} when {index} was asked for")
         return Segment(
             chunk=chunk,
-            marks=controls.marks(index),
+            marks=self._marks,
             start_frame=shape.first_frame(index),
             start_s=shape.start_s(index),
-            chunk_seconds=seconds,
+            chunk_seconds=self._seconds,
         )

@@ -166,7 +166,7 @@ class LeaseKeeper:
     def _slack_s(self, runner: SessionRunner) -> float | None:
         """How long playout can still wait for the session's next chunk; None: nobody waits."""
         now = runner.now
-        if now.playout is None or not self._is_wanted(runner):
+        if now.playout is None or runner.wanted() is None or not self._is_wanted(runner):
             return None
         return now.playout.due_s(self._shape.start_s(now.committed)) - self._clock.monotonic()
 

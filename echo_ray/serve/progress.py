@@ -2,15 +2,20 @@
 
     fetch (other thread) -> load -> replay up to next_index -> seal, step, commit, publish, ...
 
-Everything here runs on the one engine thread and does one piece of work per call, so sessions take
-turns at chunk boundaries. Before each write the lease is checked by the own clock, and the store
-refuses a stale one anyway. What an outcome means is decided in `session/owner_events.py`.
+Everything here runs on the one engine thread and does one piece of work per call. A step is a piece
+for each of its slices, so sessions take turns inside a chunk; to the session itself it is as if the
+step were one piece. What happens to it meanwhile (another lease, a pause, a drain) takes effect
+behind the chunk, and only the end of the session here leaves a step where it is: no turn comes any
+more, nothing of the chunk was written but its seal, and the next owner makes it again.
+
+Before each write the lease is checked by the own clock, and the store refuses a stale one anyway.
+What an outcome means is decided in `session/owner_events.py`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 
@@ -23,7 +28,7 @@ from echo_ray.errors import (
     SnapshotError,
     StoreUnavailable,
 )
-from echo_ray.serve.bench import Bench
+from echo_ray.serve.bench import Bench, Making
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.logs import about, log
 from echo_ray.serve.runner import Event, SessionRunner
@@ -52,6 +57,9 @@ class Progress:
         self._digests: Mapping[int, str] = {}
         self._made_by: str | None = None
         self._saved: set[int] = set()
+        self._making: Making | None = None
+        self._then: Callable[[State, Segment], None] = self._produced
+        """What follows once the chunk in hand is there."""
         self._unconfirmed: Segment | None = None
 
     def turn(self) -> Turn | None:
@@ -64,7 +72,7 @@ class Progress:
             start_s=shape.start_s(now.committed),
             chunk_s=shape.chunk_s,
             lead_s=runner.config.lead_chunks * shape.chunk_s,
-            want=runner.wanted() if work is Work.PRODUCE else None,
+            want=runner.wanted() if work in (Work.PRODUCE, Work.ADVANCE) else None,
         )
         times = owning.times(now, pacing)
         if times is None:
@@ -78,7 +86,7 @@ class Progress:
         used = runner.now.lease
         self._apply(partial(owner_events.begun, now_s=clock.monotonic()))
         epoch = None if used is None else used.lease.epoch
-        index = None if self._state is None else self._state.next_index
+        index = self._making.index if self._making else runner.now.at
         with about(session=runner.session_id, epoch=epoch, chunk=index):
             try:
                 self._work(used)
@@ -99,8 +107,10 @@ class Progress:
             self._refresh(state, used)
         elif work is Work.COMMIT and segment is not None:
             self._commit(state, segment)
+        elif work is Work.ADVANCE and self._making is not None:
+            self._advance(state, self._making)
         elif work is Work.REPLAY:
-            self._replay(state)
+            self._begin(state, self._replayed)
         elif work is Work.PRODUCE:
             self._produce(state)
 
@@ -119,7 +129,7 @@ class Progress:
         """Let go of the state, and of all that belongs to it."""
         if self._state is not None:
             self._bench.engine.close(self._state)
-        self._state = self._unconfirmed = self._fetching = None
+        self._state = self._unconfirmed = self._fetching = self._making = None
         self.runner.state_bytes = 0
 
     def _release(self) -> None:
@@ -194,9 +204,21 @@ class Progress:
             self._unconfirmed = None
         self._carry_out(effects)
 
-    def _replay(self, state: State) -> None:
-        runner, accounts, index = self.runner, self._bench.accounts, state.next_index
-        segment = self._bench.step(state, self._log)
+    def _begin(self, state: State, then: Callable[[State, Segment], None]) -> None:
+        """The first slice of the state's next chunk; the others follow as turns come."""
+        making = self._making = self._bench.begin(state, self._log)
+        self._then = then
+        self._apply(owner_events.stepping)
+        self._advance(state, making)
+
+    def _advance(self, state: State, making: Making) -> None:
+        segment = making.advance()
+        if segment is not None:
+            self._making = None
+            self._then(state, segment)
+
+    def _replayed(self, state: State, segment: Segment) -> None:
+        runner, accounts, index = self.runner, self._bench.accounts, segment.chunk.index
         verdict = compare(self._digests, index, segment.chunk.digest)
         if verdict is Verdict.DIFFERENT:
             segment.discontinuity = True
@@ -216,8 +238,10 @@ class Progress:
         runner, index = self.runner, state.next_index
         entries = self._bench.directory.seal(runner.held(), index)
         self._log.fix(index, entries)
-        segment = self._bench.step(state, self._log)
-        segment.discontinuity = runner.now.diverged
+        self._begin(state, self._produced)
+
+    def _produced(self, state: State, segment: Segment) -> None:
+        index, segment.discontinuity = segment.chunk.index, self.runner.now.diverged
         self._unconfirmed = segment
         self._apply(partial(owner_events.made, index=index, digest=segment.chunk.digest))
         self._commit(state, segment)
@@ -226,7 +250,11 @@ class Progress:
         runner, chunk, bench = self.runner, segment.chunk, self._bench
         bench.directory.commit(runner.held(), chunk.index, chunk.digest, bench.engine.fingerprint)
         now_s = bench.clock.monotonic()
-        late_s = owner_events.late_s(runner.now, segment.start_s, now_s)
+        want = runner.wanted()
+        # A chunk that no viewer waits for is not late.
+        late_s = 0.0
+        if want is not None:
+            late_s = owner_events.late_s(runner.now, segment.start_s, now_s)
         self._unconfirmed = None
         lease, lead = runner.now.lease, runner.config.lead_chunks
         epoch = 0 if lease is None else lease.lease.epoch
@@ -235,7 +263,7 @@ class Progress:
             index=chunk.index,
             start_s=segment.start_s,
             now_s=now_s,
-            seen=seen_before(chunk.index, epoch, want=runner.wanted(), lead_chunks=lead),
+            seen=seen_before(chunk.index, epoch, want=want, lead_chunks=lead),
         )
         effects = runner.publish(segment, event)
         bench.accounts.produced(segment, bench.engine.shape, late_s=late_s)
@@ -254,7 +282,7 @@ class Progress:
             return
         self._saved.add(index)
         try:
-            snapshot = self._bench.engine.save(state)
+            snapshot = self._bench.engine.saving(state)
         except EngineError as error:
             self._bench.accounts.snapshot_failed(self.runner.session_id, index, error)
             return

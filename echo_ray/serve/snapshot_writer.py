@@ -1,7 +1,9 @@
 """A thread that puts snapshots at rest, and gives sessions up after their snapshots.
 
-The queue holds at most one snapshot per session, the newest: an older one that has not been
-written yet is worth nothing beside it. A session's release waits behind its snapshot.
+A snapshot may still be on its way from the device when it comes here; this thread waits for it, and
+the engine's does not. The queue holds at most one snapshot per session, the newest: an older one
+that has not been written yet is worth nothing beside it. A session's release waits behind its
+snapshot.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +33,7 @@ from echo_ray.storage.interface import Directory, SnapshotStore
 @dataclass(frozen=True, slots=True)
 class _Write:
     runner: SessionRunner
-    snapshot: Snapshot
+    snapshot: Callable[[], Snapshot]
     index: int
 
 
@@ -66,8 +69,8 @@ class SnapshotWriter:
         self._thread.start()
         self._pruner.start()
 
-    def submit(self, runner: SessionRunner, snapshot: Snapshot, index: int) -> None:
-        """Write `snapshot`, the state at point `index`, some time soon."""
+    def submit(self, runner: SessionRunner, snapshot: Callable[[], Snapshot], index: int) -> None:
+        """Write `snapshot`, the state at point `index`, some time soon, once it is there."""
         with self._wake:
             for at, job in enumerate(self._jobs):
                 if isinstance(job, _Write) and job.runner is runner:
@@ -111,7 +114,7 @@ class SnapshotWriter:
         session_id = job.runner.session_id
         began_s = self._clock.monotonic()
         try:
-            blob = codec.encode(job.snapshot)
+            blob = codec.encode(job.snapshot())
             lease = job.runner.held()
             ref = SnapshotRef(
                 id=f"p{job.index:010d}-e{lease.epoch}",

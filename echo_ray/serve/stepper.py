@@ -1,4 +1,8 @@
-"""The one thread that touches the engine: builds it, and works on one session after the other."""
+"""The one thread that touches the engine: builds it, and works on one session after the other.
+
+A piece of work is a slice of a step at most, so a session that comes waits for one slice of the
+others and not for a whole chunk. Whose is next is decided in `session/pacing.py`.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +81,11 @@ class Stepper:
             self._changed.notify_all()
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after the work in hand; whether it ended in time."""
+        """End the thread after the work in hand; whether it ended in time.
+
+        Steps that are not over are left where they are: their chunks were not committed, and
+        whoever goes on makes them again.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify_all()

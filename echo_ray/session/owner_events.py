@@ -157,6 +157,11 @@ def begun(o: Owning, now_s: float) -> Step:
     return replace(o, served_s=now_s), NOTHING
 
 
+def stepping(o: Owning) -> Step:
+    """Chunk `at` is in hand: its step has begun, and is done slice by slice."""
+    return replace(o, stepping=o.ended is None), NOTHING
+
+
 def held_back(o: Owning) -> Step:
     """Nobody wants the next chunk."""
     return replace(o, held_back=True), NOTHING
@@ -177,7 +182,7 @@ def releasing(o: Owning) -> Step:
 def ended(o: Owning, error: EchoError) -> Step:
     """Nothing more happens to the session here; its readers hear why. The first end counts."""
     if o.ended is None:
-        o = replace(o, ended=o.failure or error, at=None, pending=None)
+        o = replace(o, ended=o.failure or error, at=None, pending=None, stepping=False)
     return o, (Effect.DROP_STATE, Effect.TELL)
 
 
@@ -235,7 +240,13 @@ def replayed(o: Owning, index: int, verdict: Verdict) -> Step:
     """Committed chunk `index` was made again."""
     if o.ended is not None:
         return o, NOTHING
-    o = replace(o, at=index + 1, replayed=o.replayed + 1, diverged=verdict is Verdict.DIFFERENT)
+    o = replace(
+        o,
+        at=index + 1,
+        stepping=False,
+        replayed=o.replayed + 1,
+        diverged=verdict is Verdict.DIFFERENT,
+    )
     o, effects = _looked_round(o)
     return o, (Effect.PUBLISH, *effects)
 
@@ -247,7 +258,7 @@ def made(o: Owning, index: int, digest: str) -> Step:
     """Chunk `index`, sealed before, is made; nobody may see it yet."""
     if o.ended is not None:
         return o, NOTHING
-    return replace(o, at=index + 1, pending=Pending(index, digest)), NOTHING
+    return replace(o, at=index + 1, stepping=False, pending=Pending(index, digest)), NOTHING
 
 
 def committed(o: Owning, index: int, start_s: float, now_s: float, *, seen: bool = False) -> Step:
@@ -321,7 +332,7 @@ def _lease_of(view: LeaseView | None) -> Lease | None:
 
 
 def _dropped(o: Owning) -> Step:
-    return replace(o, at=None, pending=None), (Effect.DROP_STATE,)
+    return replace(o, at=None, pending=None, stepping=False), (Effect.DROP_STATE,)
 
 
 def _looked_round(o: Owning) -> Step:

@@ -39,6 +39,8 @@ class Work(Enum):
     """Make a committed chunk again and publish it."""
     PRODUCE = auto()
     """Seal the next chunk, make it, commit it."""
+    ADVANCE = auto()
+    """Do the next slice of the chunk in hand, of a replay or not; behind the last, what follows."""
     COMMIT = auto()
     """Commit the chunk that is made and not known to be committed."""
     RELEASE = auto()
@@ -71,6 +73,8 @@ class Owning:
     """Whether `committed` and the point to load from are known to hold."""
     refresh: bool = False
     """The record has to be read again before anything else."""
+    stepping: bool = False
+    """Whether chunk `at` is in hand: its step has begun and is not over."""
     pending: Pending | None = None
     caught_up: bool = False
     resumed: bool = False
@@ -106,6 +110,7 @@ def started(record: SessionRecord, lease: LeaseView | None, now_s: float) -> Own
         arrived_s=now_s,
         lease=lease,
         committed=record.next_index,
+        served_s=now_s,
         idle_since_s=now_s,
     )
 
@@ -114,9 +119,16 @@ def started(record: SessionRecord, lease: LeaseView | None, now_s: float) -> Own
 
 
 def work(o: Owning) -> Work | None:
-    """The next piece of work; None until an event changes something."""
+    """The next piece of work; None until an event changes something.
+
+    A chunk in hand comes before everything but the end of the session here: whatever else happens
+    takes effect at chunk boundaries, as if a step were one piece. After the end its step is left
+    where it is, and another owner makes the chunk again.
+    """
     if o.ended is not None or o.releasing:
         return None
+    if o.stepping:
+        return Work.ADVANCE
     if o.release_as is not None:
         return Work.RELEASE
     if o.at is None:
@@ -139,7 +151,7 @@ class Pacing:
     chunk_s: float
     lead_s: float
     want: int | None
-    """Chunks below this index may be made. None: as many as time asks for."""
+    """Chunks below this index may be made. None: nobody watches, and as many as time asks for."""
 
 
 def times(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
@@ -155,24 +167,35 @@ def times(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
             ready_s, due_s = -math.inf, o.arrived_s
         case Work.REFRESH:
             ready_s, due_s = o.served_s + FOLLOW_EVERY_S, math.inf
-        case Work.REPLAY:
+        case Work.ADVANCE if o.release_as is not None:
+            # What is given up is done with as soon as the chunk is there.
+            ready_s, due_s = -math.inf, -math.inf
+        case Work.ADVANCE if o.at == o.committed and not o.shadow:
+            # A chunk that nobody wants any more is finished with what others leave.
+            _, due_s = _next_chunk(o, pacing) or (-math.inf, math.inf)
+            ready_s = -math.inf
+        case Work.REPLAY | Work.ADVANCE:
             # A replay counts as a stream that began to play when the session arrived: it uses
             # what others leave, and does not make them stall for its sake.
             due_s = math.inf if o.shadow else o.arrived_s + o.replayed * pacing.chunk_s
             ready_s = -math.inf
         case Work.PRODUCE:
-            demand = Demand(
-                pace=o.pace,
-                index=o.committed,
-                start_s=pacing.start_s,
-                want=pacing.want,
-                waiting_since_s=o.arrived_s,
-            )
-            found = next_chunk(demand, o.playout, lead_s=pacing.lead_s)
+            found = _next_chunk(o, pacing)
             if found is None:
                 return None
             ready_s, due_s = found
     return max(ready_s, o.retry_at_s), due_s
+
+
+def _next_chunk(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
+    demand = Demand(
+        pace=o.pace,
+        index=o.committed,
+        start_s=pacing.start_s,
+        want=pacing.want,
+        waiting_since_s=o.arrived_s,
+    )
+    return next_chunk(demand, o.playout, lead_s=pacing.lead_s)
 
 
 def held(o: Owning, now_s: float) -> Lease:

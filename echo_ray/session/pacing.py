@@ -1,9 +1,14 @@
 """Which session to work on next on one device, and when: the one that will stall first goes first.
 
-Realtime sessions have a playout clock, which starts with the first chunk published after a start or
-a resume. Chunk n is due when playout reaches it, and may be made from `lead` earlier on. Chunks
-nobody asked for (`want`) are not made at all. Sessions of pace `max` have no due time: they take
-what realtime sessions leave, in turns.
+Sessions take turns slice by slice. Realtime sessions have a playout clock, which starts with the
+first chunk published after a start or a resume. Chunk n is due when playout reaches it, and may be
+made from `lead` earlier on. Chunks nobody asked for (`want`) are not made at all. Sessions of pace
+`max` and those that go on without a viewer are never due: they take what the others leave, in
+turns.
+
+Nobody starves. What is due stays due at the same time until it is made, and every chunk of another
+session puts that one's next due time a chunk later, so only so many chunks can come before it. What
+is never due gets a slice when it has waited for `PATIENCE_S`, whatever else there is.
 """
 
 from __future__ import annotations
@@ -15,6 +20,10 @@ from dataclasses import dataclass
 from echo_ray.session.records import OnIdle, Pace
 
 NEVER_DUE_S = math.inf
+PATIENCE_S = 5.0
+"""Who takes what others leave gets one slice after waiting for so long. A handful of such sessions
+takes a hundredth part of an overloaded device or two with it; a device that keeps up has no need of
+it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,7 @@ class Turn:
     ready_s: float
     due_s: float
     served_s: float
-    """When it had the device last; decides between equals."""
+    """When it had the device last, or came; decides between equals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +70,23 @@ class Choice:
 
 
 def choose(turns: Iterable[Turn], now_s: float) -> Choice:
-    """The session to work on at `now_s`: least slack first, then least recently served."""
+    """The session to do a slice of at `now_s`: least slack first, then least recently served."""
     best: Turn | None = None
     wake_s: float | None = None
     for turn in turns:
         if turn.ready_s > now_s:
             wake_s = turn.ready_s if wake_s is None else min(wake_s, turn.ready_s)
-        elif best is None or _order(turn) < _order(best):
+        elif best is None or _order(turn, now_s) < _order(best, now_s):
             best = turn
     if best is not None:
         return Choice(best.session_id, None)
     return Choice(None, wake_s)
 
 
-def _order(turn: Turn) -> tuple[float, float, str]:
-    return turn.due_s, turn.served_s, turn.session_id
+def _order(turn: Turn, now_s: float) -> tuple[bool, float, float, str]:
+    waited_s = now_s - max(turn.ready_s, turn.served_s)
+    patient = turn.due_s != NEVER_DUE_S or waited_s < PATIENCE_S
+    return patient, turn.due_s, turn.served_s, turn.session_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +98,7 @@ class Demand:
     start_s: float
     """Media time at which the chunk begins."""
     want: int | None
-    """Chunks below this index may be made. None: as many as time asks for."""
+    """Chunks below this index may be made. None: nobody watches, and as many as time asks for."""
     waiting_since_s: float
     """Since when the session waits for its first chunk; its due time until playout begins."""
 
@@ -101,10 +112,11 @@ def next_chunk(
     # With nobody to hold it back, a session of pace `max` would take the device for itself.
     if demand.pace is Pace.MAX and demand.want is not None:
         return -math.inf, NEVER_DUE_S
+    watched = demand.want is not None
     if playout is None:
-        return -math.inf, demand.waiting_since_s
+        return -math.inf, demand.waiting_since_s if watched else NEVER_DUE_S
     due_s = playout.due_s(demand.start_s)
-    return due_s - lead_s, due_s
+    return due_s - lead_s, due_s if watched else NEVER_DUE_S
 
 
 def wanted(reader_wants: Iterable[int | None], pace: Pace, on_idle: OnIdle) -> int | None:

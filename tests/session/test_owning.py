@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -223,10 +224,10 @@ def test_what_all_readers_have_seen_does_not_begin_to_play() -> None:
     assert times(o, pacing()) == (-math.inf, 0.0)
     o, effects = on.committed(on.made(o, 5, "d5")[0], 5, 3.75, 10.1)
     assert effects == (Effect.PUBLISH, Effect.FIRST_CHUNK)
-    assert times(o, Pacing(start_s=4.5, chunk_s=0.75, lead_s=1.5, want=None)) == (
-        pytest.approx(9.35),
-        pytest.approx(10.85),
-    )
+    later = Pacing(start_s=4.5, chunk_s=0.75, lead_s=1.5, want=100)
+    assert times(o, later) == (pytest.approx(9.35), pytest.approx(10.85))
+    # Without a viewer it is made as time asks for it, with what others leave.
+    assert times(o, replace(later, want=None)) == (pytest.approx(9.35), math.inf)
 
 
 def test_times_follow_playout_and_wants() -> None:
@@ -237,9 +238,61 @@ def test_times_follow_playout_and_wants() -> None:
     o, _ = on.made(o, 5, "d5")
     assert times(o, pacing()) == (-math.inf, 0.0), "what is made is committed at once"
     o, _ = on.committed(o, 5, 3.75, 10.2)
-    later = Pacing(start_s=4.5, chunk_s=0.75, lead_s=1.5, want=None)
+    later = Pacing(start_s=4.5, chunk_s=0.75, lead_s=1.5, want=100)
     assert times(o, later) == (10.0, 11.5)
     assert on.late_s(o, 4.5, 12.0) == pytest.approx(0.5)
     assert on.late_s(on.held_back(o)[0], 4.5, 12.0) == 0.0
     follower, _ = on.begun(with_state(8, 8, lease=None), 20.0)
     assert times(follower, pacing()) == (20.05, math.inf)
+
+
+def test_a_chunk_in_hand_is_finished_before_anything_else_takes_effect() -> None:
+    o, _ = on.stepping(with_state(8, 8))
+    assert work(o) is Work.ADVANCE
+    adopted, _ = on.adopted(o, NEWER, 1.0)
+    assert work(adopted) is Work.ADVANCE
+    paused, _ = on.retired(o, SessionState.PAUSED)
+    assert work(paused) is Work.ADVANCE
+    assert times(paused, pacing()) == (-math.inf, -math.inf), "and then it goes at once"
+    for o in (adopted, paused):
+        o, _ = on.made(o, 8, "d8")
+        assert work(o) in (Work.REFRESH, Work.RELEASE)
+    again, _ = on.stepping(with_state(8, 9))
+    again, _ = on.replayed(again, 8, Verdict.SAME)
+    assert work(again) is Work.PRODUCE
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda o: on.lost(o, LEASE, Fenced("taken")),
+        lambda o: on.expired(o, 9.0),
+        lambda o: on.ended(o, SessionClosed("closed")),
+    ],
+)
+def test_the_end_of_a_session_leaves_its_chunk_where_it_is(
+    end: Callable[[Owning], on.Step],
+) -> None:
+    o, effects = end(on.stepping(with_state(8, 8))[0])
+    assert Effect.DROP_STATE in effects
+    assert (work(o), o.stepping, o.at) == (None, False, None)
+    assert on.stepping(o) == (o, ())
+
+
+def test_a_chunk_that_fails_half_way_is_not_in_hand_any_more() -> None:
+    o, effects = on.failed(on.stepping(with_state(8, 8))[0], EngineError("broken"), VIEW, 1.0)
+    assert Effect.DROP_STATE in effects
+    assert (work(o), o.stepping) == (Work.FETCH, False)
+
+
+def test_a_chunk_in_hand_keeps_its_due_time() -> None:
+    o, _ = on.committed(on.made(with_state(4, 4), 4, "d4")[0], 4, 3.0, 10.0)
+    later = Pacing(start_s=3.75, chunk_s=0.75, lead_s=1.5, want=100)
+    assert times(o, later) == (9.25, 10.75)
+    o, _ = on.stepping(o)
+    assert times(o, later) == (-math.inf, 10.75)
+    assert times(o, replace(later, want=5)) == (-math.inf, math.inf), "nobody wants it any more"
+    replay, _ = on.stepping(with_state(3, 8))
+    assert times(replay, later) == (-math.inf, 0.0)
+    shadow, _ = on.stepping(with_state(3, 8, lease=None))
+    assert times(shadow, later) == (-math.inf, math.inf)

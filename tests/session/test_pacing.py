@@ -4,6 +4,7 @@ import pytest
 
 from echo_ray.session.pacing import (
     NEVER_DUE_S,
+    PATIENCE_S,
     Choice,
     Demand,
     Playout,
@@ -41,7 +42,7 @@ def test_equals_take_turns():
 
 
 def test_realtime_goes_before_max():
-    turns = [Turn("max", 0.0, NEVER_DUE_S, 0.0), Turn("live", 0.0, 99.0, 9.0)]
+    turns = [Turn("max", 0.0, NEVER_DUE_S, 8.0), Turn("live", 0.0, 99.0, 9.0)]
     assert choose(turns, 10.0).session_id == "live"
 
 
@@ -72,7 +73,25 @@ def test_max_is_bounded_by_want_only_and_without_readers_by_time():
     fast = demand(pace=Pace.MAX)
     assert next_chunk(fast, playout, lead_s=LEAD_S) == (-math.inf, NEVER_DUE_S)
     alone = demand(pace=Pace.MAX, want=None)
-    assert next_chunk(alone, playout, lead_s=LEAD_S) == (101.5, 103.0)
+    assert next_chunk(alone, playout, lead_s=LEAD_S) == (101.5, NEVER_DUE_S)
+
+
+def test_without_a_viewer_a_session_keeps_time_with_what_others_leave():
+    playout = Playout.begins(100.0, 0.0)
+    assert next_chunk(demand(want=None), playout, lead_s=LEAD_S) == (101.5, NEVER_DUE_S)
+    assert next_chunk(demand(want=None), None, lead_s=LEAD_S) == (-math.inf, NEVER_DUE_S)
+
+
+def test_who_takes_what_is_left_gets_a_slice_when_it_has_waited_long():
+    live = [Turn("live", 0.0, 99.0, 9.0), Turn("late", 0.0, 1.0, 9.0)]
+    left = Turn("left", -math.inf, NEVER_DUE_S, 100.0)
+    assert choose([*live, left], 100.0 + PATIENCE_S - 0.1).session_id == "late"
+    assert choose([*live, left], 100.0 + PATIENCE_S).session_id == "left"
+    longer = Turn("longer", -math.inf, NEVER_DUE_S, 99.0)
+    assert choose([*live, left, longer], 100.0 + PATIENCE_S).session_id == "longer"
+    # Waiting begins when there is something to do.
+    early = Turn("early", 104.0, NEVER_DUE_S, 1.0)
+    assert choose([*live, early], 104.0 + PATIENCE_S - 0.1).session_id == "late"
 
 
 def test_a_late_chunk_moves_the_clock_and_an_early_one_does_not():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ from echo_ray.session.replay import ControlLog, Verdict, compare, points_to_try
 
 LEAD = 3
 STEP_S = (0.02, 0.08)
+SLICES = 3
+"""Pieces of a step, between which other sessions of the replica are worked on."""
 LIMIT = 2 * RETENTION + POINT_EVERY
 """Longest replay that is worth its time for the sake of past segments."""
 NOTHING_WANTED = Pacing(start_s=0.0, chunk_s=CHUNK_S, lead_s=LEAD * CHUNK_S, want=None)
@@ -49,9 +51,9 @@ class Bench:
     failing: int = 0
     """How many of the next steps the engine spoils."""
 
-    def compute(self) -> Process:
-        """The time that one chunk takes."""
-        seconds = self.host.world.rng.uniform(*STEP_S)
+    def compute(self, slices: int = 1) -> Process:
+        """The time that so many slices of a chunk take."""
+        seconds = self.host.world.rng.uniform(*STEP_S) * slices / SLICES
         yield Sleep(seconds * self.host.slow)
         if self.failing:
             self.failing -= 1
@@ -78,6 +80,9 @@ class Progress:
         self._bench = bench
         self._host = bench.host
         self._store = bench.store
+        self._left = 0
+        self._prompts: Sequence[str] = ()
+        self._replaying = False
 
     def turn(self) -> Turn | None:
         """When this session needs the engine next; None until something changes."""
@@ -86,7 +91,7 @@ class Progress:
         if work is None or (work is Work.FETCH and seat.fetching and seat.fetched is None):
             return None
         pacing = NOTHING_WANTED
-        if work is Work.PRODUCE:
+        if work in (Work.PRODUCE, Work.ADVANCE):
             pacing = Pacing(
                 start_s=start_s(now.committed),
                 chunk_s=CHUNK_S,
@@ -124,8 +129,10 @@ class Progress:
             yield from self._refresh(state, used)
         elif work is Work.COMMIT and seat.unconfirmed is not None:
             yield from self._commit(seat.unconfirmed)
+        elif work is Work.ADVANCE:
+            yield from self._advance(state)
         elif work is Work.REPLAY:
-            yield from self._replay(state)
+            yield from self._begin(state, replay=True)
         elif work is Work.PRODUCE:
             yield from self._produce(state)
 
@@ -212,7 +219,7 @@ class Progress:
                 yield Sleep(0.1)
                 continue
             at = state.next_index
-            yield from self._bench.compute()
+            yield from self._bench.compute(SLICES)
             state, digest = stepped(state, fetched.log.prompts(at))
             verdict = compare(fetched.digests, at, digest)
             seat.publish_past(Segment(at, digest, discontinuity=verdict is Verdict.DIFFERENT))
@@ -240,13 +247,28 @@ class Progress:
 
     # Going on
 
-    def _replay(self, state: StreamState) -> Process:
-        seat, index = self.seat, state.next_index
+    def _begin(self, state: StreamState, *, replay: bool) -> Process:
+        """The first slice of a step; the others follow as turns come."""
+        self._left, self._replaying = SLICES, replay
+        self._prompts = self.seat.log.prompts(state.next_index)
+        self.seat.apply(owner_events.stepping)
+        yield from self._advance(state)
+
+    def _advance(self, state: StreamState) -> Process:
         yield from self._bench.compute()
-        after, digest = stepped(state, seat.log.prompts(index))
-        if seat.state is not state:
+        if self.seat.state is not state:
             return
-        seat.state = after
+        self._left -= 1
+        if not self._left:
+            after, digest = stepped(state, self._prompts)
+            self.seat.state = after
+            if self._replaying:
+                self._replayed(after, digest)
+            else:
+                yield from self._produced(after, digest)
+
+    def _replayed(self, after: StreamState, digest: str) -> None:
+        seat, index = self.seat, after.next_index - 1
         verdict = compare(seat.digests, index, digest)
         segment = Segment(index, digest, discontinuity=verdict is Verdict.DIFFERENT)
         seat.publish(segment, partial(owner_events.replayed, index=index, verdict=verdict))
@@ -257,11 +279,10 @@ class Progress:
         lease = owning.held(seat.now, self._host.monotonic())
         entries = yield from self._store.seal(self._host, lease, index)
         seat.log.fix(index, entries)
-        yield from self._bench.compute()
-        after, digest = stepped(state, seat.log.prompts(index))
-        if seat.state is not state:
-            return
-        seat.state = after
+        yield from self._begin(state, replay=False)
+
+    def _produced(self, after: StreamState, digest: str) -> Process:
+        seat, index = self.seat, after.next_index - 1
         seat.unconfirmed = Segment(index, digest, discontinuity=seat.now.diverged)
         seat.apply(partial(owner_events.made, index=index, digest=digest))
         yield from self._commit(seat.unconfirmed)
