@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from echo_kernels import fallbacks, frames_to_uint8
+from echo_ray.engine.aside import aside_of
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
@@ -76,6 +77,7 @@ class EchoEngine:
             preset.sampler,
             modules.codec.rebuild_latents,
             recorder=CudaRecorder() if graphs and device.type == "cuda" else None,
+            aside=aside_of(device),
         )
         self._prompts = PromptBook(modules.text, prompts_kept)
         self._room = room or room_of(preset, device)

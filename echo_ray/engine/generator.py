@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from echo_ray.engine.arena import Arena, Arenas
+from echo_ray.engine.aside import Aside, HostAside, Later
 from echo_ray.engine.cache import Window
 from echo_ray.engine.forward import Forward
 from echo_ray.engine.graphs import Graphs, Recorder
@@ -70,11 +71,13 @@ class Generator:
         kept_latents: int = 0,
         *,
         recorder: Recorder | None = None,
+        aside: Aside | None = None,
         arenas_kept: int = ARENAS_KEPT,
     ) -> None:
         """`kept_latents`: how many clean latents a decoder wants to be rebuilt from.
 
         `recorder`: records a chunk's forwards to be replayed; None: every forward runs eagerly.
+        `aside`: where the memory is updated; None: where the forwards run.
         """
         self.dit = dit
         self.memory = memory
@@ -84,6 +87,7 @@ class Generator:
         self.schedule = Schedule(sampler)
         self.arenas = Arenas(self._arena, arenas_kept)
         self._recorder = recorder
+        self._aside = aside or HostAside()
         self._modulations: dict[tuple[float, int, int], Modulations] = {}
 
     @property
@@ -235,18 +239,25 @@ class Generator:
                 x = renoise(clean, epsilon, self.schedule.sigmas[step + 1])
         return clean
 
-    def _leaving_update(self, state: LatentState, incoming: int) -> Tensor | None:
-        """The query state after the frames that are about to leave; read before the slots move."""
+    def _leaving_update(self, state: LatentState, incoming: int) -> Later | None:
+        """Begin to update the memory by the frames that are about to leave, before slots move."""
         gone = state.window.leaving(incoming)
-        if not gone or self.memory is None or state.query_BMC is None:
+        memory, query_BMC = self.memory, state.query_BMC
+        if not gone or memory is None or query_BMC is None:
             return None
-        evicted = state.window.last_layer(self.cache.sink_frames, gone)
-        return self.memory.update(state.query_BMC, *evicted)
 
-    def _remember_leaving(self, state: LatentState, update: Tensor | None) -> None:
+        def update(query_BMC: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> tuple[Tensor, ...]:
+            query_BMC = memory.update(query_BMC, k_BNHD, v_BNHD)
+            return query_BMC, *memory.read_out(query_BMC)
+
+        evicted = state.window.last_layer(self.cache.sink_frames, gone)
+        return self._aside.start(update, (query_BMC, *evicted))
+
+    def _remember_leaving(self, state: LatentState, update: Later | None) -> None:
         if update is not None:
-            state.query_BMC, state.has_history = update, True
-            self._show_memory(state)
+            state.query_BMC, k_BMHD, v_BMHD = update.join()
+            state.has_history = True
+            state.window.set_memory(k_BMHD, v_BMHD)
 
     def _flow(
         self, state: LatentState, x: Tensor, timestep: float, first: int, *, see_memory: bool

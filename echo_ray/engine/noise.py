@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_ray.model.to_device import to_device
+
 SEED_LIMIT = 2**63
 
 
@@ -39,4 +41,5 @@ class SessionNoise:
     dtype: torch.dtype
 
     def __call__(self, chunk: int, step: int) -> Tensor:
-        return gaussian(self.seed, chunk, step, self.size).to(self.device, self.dtype)
+        values = gaussian(self.seed, chunk, step, self.size).to(self.dtype)
+        return to_device(values, self.device)

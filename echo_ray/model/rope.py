@@ -12,7 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from echo_ray.model.to_device import to_device
+
 BASE = 10_000.0
+TABLES = 64
+"""Tables kept on their devices. Bounded positions have fewer; others need each for a chunk only."""
 
 
 def section_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -28,7 +32,7 @@ def section_angles(positions: Tensor, pairs: int) -> Tensor:
     return torch.outer(positions.to(torch.float64), BASE ** (-i / max(pairs, 1)))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=TABLES)
 def rope_table(
     positions: tuple[int, ...], grid_height: int, grid_width: int, head_dim: int, device: str
 ) -> Tensor:
@@ -46,7 +50,7 @@ def rope_table(
         ],
         dim=-1,
     ).reshape(len(positions) * grid_height * grid_width, head_dim // 2)
-    return torch.polar(torch.ones_like(angles), angles).to(device)
+    return to_device(torch.polar(torch.ones_like(angles), angles), torch.device(device))
 
 
 class FrameRope:

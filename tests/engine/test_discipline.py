@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from small import small_engine, small_preset
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from echo_ray.benchmark.counting import Meter
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.generator import Generator
-from echo_ray.engine.noise import gaussian
+from echo_ray.engine.lanes import HostLanes
+from echo_ray.engine.noise import SessionNoise, gaussian
 from echo_ray.model.dit import DiT
+from echo_ray.model.history import BEGUN
 from echo_ray.model.memory import MemoryEncoder
+from echo_ray.preset import load_preset
 from echo_ray.weights.modules import build_modules
+from echo_ray.weights.parts import build_parts
 
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 WINDOW_COPIES = ("cat", "stack", "clone", "roll", "index_select", "gather", "repeat")
@@ -170,3 +176,125 @@ def test_memory_once_an_update_and_prompts_once_a_switch(monkeypatch: pytest.Mon
         "forward": 2, "remember": 2, "modulations": 1, "update": 2, "read_out": 2,
         "encode_prompt": 1,
     }  # fmt: skip
+
+
+SWITCHES = {2: ["a blue square"], 9: ["a red ball"]}
+
+
+@pytest.fixture
+def fetching(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, ...]]]:
+    """Shapes of what is copied to the host, by copy."""
+    found: list[list[tuple[int, ...]]] = []
+    fetch = HostLanes.fetch
+
+    def noted(self: HostLanes, tensors: Any) -> Any:
+        found.append([tuple(t.shape) for t in tensors])
+        return fetch(self, tensors)
+
+    monkeypatch.setattr(HostLanes, "fetch", noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    "cache", [{}, {"point_every": 0}, {"policy": "window"}, {"policy": "absolute"},
+              {"global_sink": False}], ids=str,
+)  # fmt: skip
+def test_a_whole_chunk_reads_its_frames_and_nothing_else(
+    cache: dict[str, object],
+    fetching: list[list[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = small_engine((1000, 750, 500, 250), **cache)
+    codec = type(engine._modules.codec)
+    decode = codec.decode
+
+    def apart(self: Any, latents: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        # It asks whether it has begun, which its state says on the host.
+        assert all(t.device.type == "cpu" for name, t in state.items() if name == BEGUN)
+        with _disable_current_modes():
+            return decode(self, latents, state)
+
+    monkeypatch.setattr(codec, "decode", apart)
+    for prompts in SWITCHES.values():
+        # An encoder looks at what it made; a known prompt does not come to it.
+        engine.open(prompts[0], 0)
+    state = engine.open("a red ball", 1)
+    for n in range(12):
+        with Meter() as meter:
+            chunk = engine.step(state, SWITCHES.get(n, ()))
+        assert not meter.reads, f"chunk {n}"
+        assert meter.ops > 100
+        frames = (chunk.num_frames, chunk.height, chunk.width, 3)
+        assert fetching == [[frames, (4,)]]
+        fetching.clear()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(MemoryEncoder, "update"), (DiT, "remember")])
+def test_a_read_anywhere_in_a_chunk_is_seen(
+    kind: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(kind, name)
+
+    def looks(self: Any, x: torch.Tensor, *args: Any) -> Any:
+        assert float(x.sum().item()) != 0
+        return original(self, x, *args)
+
+    monkeypatch.setattr(kind, name, looks)
+    engine = small_engine(point_every=0)
+    state = engine.open("a red ball", 1)
+    for _ in range(5):
+        with Meter() as meter:
+            engine.step(state)
+    assert set(meter.reads) == {"_local_scalar_dense"}
+
+
+class Uploads(TorchDispatchMode):
+    """Sizes of what comes from the host to the meta device, and a refusal of the way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in HOST_READS, name
+        out = func(*args, **(kwargs or {}))
+        if name == "_to_copy" and args[0].device != out.device:
+            assert (args[0].device.type, out.device.type) == ("cpu", "meta")
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_the_full_size_model_reads_nothing_and_uploads_noise_alone() -> None:
+    """Shapes only: on `meta` a read from the device is an error, and numbers are not computed.
+
+    Two of its layers stand for all, which would take a minute.
+    """
+    preset = load_preset("echo-infinity-1.3b")
+    preset = replace(preset, dit=replace(preset.dit, num_layers=2))
+    device, dtype = torch.device("meta"), torch.bfloat16
+    cache = replace(preset.cache, point_every=7)
+    sampler = replace(preset.sampler, steps=preset.sampler.steps[:2])
+    with device:
+        parts = {
+            name: module.to(dtype) for name, module in build_parts(preset).items() if name != "text"
+        }
+        rows = torch.zeros(1, preset.dit.text_len, preset.dit.text_dim, dtype=dtype)
+    dit, memory = parts["dit"], parts["memory"]
+    assert isinstance(dit, DiT)
+    assert isinstance(memory, MemoryEncoder)
+    generator = Generator(dit, memory, cache, sampler)
+    size = (1, cache.frames_per_chunk, preset.dit.in_channels, preset.dit.latent_height,
+            preset.dit.latent_width)  # fmt: skip
+    noise = SessionNoise(1, size, device, dtype)
+    with torch.no_grad():
+        state = generator.start(rows)
+        for chunk in range(9):
+            with Uploads() as uploads:
+                if chunk == 8:
+                    generator.switch(state, rows)
+                generator.generate(state, noise)
+            tables = [shape for shape in uploads.shapes if shape != size]
+            assert uploads.shapes.count(size) == len(sampler.steps)
+            # The eighth chunk is the first to need no rope table that was not there.
+            assert chunk != 7 or not tables

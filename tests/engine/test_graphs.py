@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import small_engine, small_preset
+from small import small_engine, small_preset, small_tier
 from torch import Tensor
 
 from echo_ray.engine.engine import EchoEngine
@@ -17,6 +17,7 @@ from echo_ray.engine.generator import Generator
 from echo_ray.engine.graph_check import CheckedRecorder
 from echo_ray.engine.graphs import CudaRecorder, Graphs, Inputs
 from echo_ray.errors import EngineError
+from echo_ray.model.computing import Precision
 
 POLICIES: list[dict[str, object]] = [
     {}, {"point_every": 0}, {"policy": "window"}, {"policy": "absolute"}, {"global_sink": False},
@@ -41,6 +42,16 @@ def test_recorded_forwards_are_replayed_and_change_no_bit(cache: dict[str, objec
     assert digests(engine) == digests(small_engine((1000, 750, 500), **cache))
     # Five layouts at most come of a growing window, each denoised and kept; a rebuild adds two.
     assert 8 <= recorder.recorded <= 12
+
+
+@pytest.mark.parametrize("precision", [Precision.FP8, Precision.FP8_ATTENTION8])
+def test_every_tier_can_be_recorded(precision: Precision) -> None:
+    found = []
+    for recorder in (None, CheckedRecorder()):
+        engine = small_tier(precision)
+        engine._generator._recorder = recorder
+        found.append(digests(engine, 8))
+    assert found[0] == found[1]
 
 
 def test_every_layout_is_recorded_once_and_the_next_session_records_none() -> None:

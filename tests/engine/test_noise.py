@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from echo_ray.engine.noise import gaussian
+from echo_ray.model.to_device import to_device
 
 
 def test_the_same_counter_gives_the_same_bits_whatever_ran_before() -> None:
@@ -42,3 +43,20 @@ def test_the_bits_are_those_of_earlier_releases() -> None:
     # A change here would break every stored stream: raise CODE_EPOCH if it is meant.
     digest = hashlib.sha256(gaussian(7, 3, 1, (1000,)).numpy().tobytes()).hexdigest()
     assert digest == "c0418e047244ff6c6a82be98a8aabcb621baeb6b0d05cae6a63fc1074b5d0921"
+
+
+def test_a_gpu_gets_pinned_memory_and_nobody_waits_for_it() -> None:
+    said: list[object] = []
+
+    class Host:
+        def pin_memory(self) -> Host:
+            said.append("pinned")
+            return self
+
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Host:
+            said.append((device.type, non_blocking))
+            return self
+
+    to_device(Host(), torch.device("cuda"))  # type: ignore[arg-type]
+    to_device(Host(), torch.device("meta"))  # type: ignore[arg-type]
+    assert said == ["pinned", ("cuda", True), ("meta", False)]
