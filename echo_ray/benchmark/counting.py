@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_READS = frozenset(
-    ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique")
-)
-"""Operations that make the host wait for a number of the device."""
+HOST_READS = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+"""Marks of operations that make the host wait for a number of the device."""
 _FREE = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "detach"))
 
 
@@ -34,7 +33,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         given, made = _tensors((args, kwargs)), _tensors(out)
-        if name in HOST_READS or _fetches(name, given, made):
+        if HOST_READS & set(func.tags) or _fetches(name, given, made):
             self.reads[name] += 1
         if not _is_view(func) and name not in _FREE:
             self.ops += 1

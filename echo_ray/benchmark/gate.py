@@ -21,6 +21,8 @@ ATOL = RTOL = 1e-4
 """As the parity fixtures have it."""
 SHARE = 0.02
 """Of a whole tensor in bfloat16, as `echo-ray parity --dtype bf16` has it for rollouts."""
+SHARE_8 = 0.25
+"""Of a whole tensor in a tier of 8 bits: that it is the same model, not that it is as good."""
 FIRST_MATURE = 6
 """From this chunk on nothing changes any more but the numbers."""
 
@@ -54,8 +56,11 @@ def compare(
     prompts: Sequence[Tensor],
     noise: Noise,
     chunks: int,
+    share: float | None = None,
 ) -> Iterator[Compared]:
     """Every compared number of `chunks` chunks from scratch.
+
+    `share`: what a whole tensor may differ by, where that is not for its kind of float to say.
 
     With a second prompt, it is switched to in the middle of the mature phase.
     """
@@ -68,34 +73,42 @@ def compare(
         clean = generator.denoise(ours, noise)
         expected = baseline.generate(theirs, noise)
         generator.absorb(ours, expected)
-        yield _compared("latents", chunk, clean, expected)
+        yield compared("latents", chunk, clean, expected, share)
         if theirs.has_history and ours.query_BMC is not None and theirs.query_BMC is not None:
-            yield _compared("memory", chunk, ours.query_BMC, theirs.query_BMC)
-        yield from _window(generator, ours, baseline, theirs, chunk)
+            yield compared("memory", chunk, ours.query_BMC, theirs.query_BMC, share)
+        yield from _window(generator, ours, baseline, theirs, chunk, share)
+    generator.close(ours)
 
 
 def _window(
-    generator: Generator, ours: LatentState, baseline: Baseline, theirs: Stream, chunk: int
+    generator: Generator,
+    ours: LatentState,
+    baseline: Baseline,
+    theirs: Stream,
+    chunk: int,
+    share: float | None,
 ) -> Iterator[Compared]:
     """Rotated keys and values that the chunk left in the first and the last layer."""
     count = generator.cache.frames_per_chunk
     call = ours.window.call(chunk * count, count, see_memory=False)
     for name, layer in (("first layer", 0), ("last layer", generator.dit.shape.num_layers - 1)):
         slots, (keys, values) = call.slots(layer), baseline.window(theirs, layer)
-        yield _compared(f"keys, {name}", chunk, slots.seen_keys_BMHD, keys)
-        yield _compared(f"values, {name}", chunk, slots.seen_values_BMHD, values)
+        yield compared(f"keys, {name}", chunk, slots.seen_keys_BMHD, keys, share)
+        yield compared(f"values, {name}", chunk, slots.seen_values_BMHD, values, share)
 
 
-def _compared(what: str, chunk: int, found: Tensor, expected: Tensor) -> Compared:
+def compared(
+    what: str, chunk: int, found: Tensor, expected: Tensor, share: float | None = None
+) -> Compared:
     """A share of the expected tensor's size in bfloat16, else of what each element is allowed."""
     if found.shape != expected.shape:
         return Compared(what, chunk, float("inf"), 0.0)
     gap = found.double() - expected.double()
-    if expected.dtype == torch.float32:
+    if expected.dtype == torch.float32 and share is None:
         worst = (gap.abs() / (ATOL + RTOL * expected.double().abs())).max()
         return Compared(what, chunk, _finite(worst) * ATOL, ATOL)
-    share = gap.norm() / expected.double().norm().clamp_min(1e-12)
-    return Compared(what, chunk, _finite(share), SHARE)
+    off = gap.norm() / expected.double().norm().clamp_min(1e-12)
+    return Compared(what, chunk, _finite(off), SHARE if share is None else share)
 
 
 def _finite(value: Tensor) -> float:

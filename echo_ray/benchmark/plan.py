@@ -69,7 +69,8 @@ class Budget:
         self._clock = clock
         self._start_s = clock.monotonic()
         shares = {n: s for n, s in zip(STAGES, _SHARES, strict=True) if n in stages}
-        scale = 60 * minutes / sum(shares.values())
+        self.scale = scale = 60 * minutes / sum(shares.values())
+        """How much more time a stage has than in a whole run of ten minutes."""
         self._ends_s: dict[str, float] = {}
         passed = 0.0
         for name, share in shares.items():

@@ -105,15 +105,7 @@ def benchmark(
     ):
         progress.set_description("weights")
         plan = request.plan or (DRY if device.type == "cpu" else FULL)
-        bench = Bench(
-            request.preset,
-            device,
-            request.seed,
-            plan,
-            budget,
-            Timer(device),
-            progress.set_description,
-        )
+        bench = _bench(request, plan, budget, progress.set_description)
         for name in request.stages:
             progress.set_description(name)
             outcomes.append(_stage(name, runners[name], bench, outcomes))
@@ -131,6 +123,19 @@ def benchmark(
         frames_per_chunk=request.preset.frames_per_chunk,
         outcomes=outcomes,
     )  # fmt: skip
+
+
+def _bench(request: Request, plan: Plan, budget: Budget, say: Callable[[str], None]) -> Bench:
+    """With its weights drawn. Raises `MemoryShort` where the device has no room for them."""
+    device = torch.device(request.device)
+    try:
+        return Bench(request.preset, device, request.seed, plan, budget, Timer(device), say)
+    except torch.OutOfMemoryError as e:
+        raise MemoryShort(
+            f"--preset {request.preset.name}: its weights do not fit onto {device}: "
+            f"{str(e).splitlines()[0]}; free memory there, or give a smaller preset",
+            param="preset",
+        ) from e
 
 
 def _stage(name: str, stage: Stage, bench: Bench, before: Sequence[Outcome]) -> Outcome:

@@ -5,19 +5,27 @@ A switch that a machine does not have is a rung that says so; nothing else is le
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
 from echo_kernels.dispatch import VARIABLE
+from echo_ray.benchmark.random_weights import random_modules
 from echo_ray.benchmark.subject import Bench, unconsolidated
+from echo_ray.config import ModelSection
+from echo_ray.engine.build import Plan, computing_of
 from echo_ray.engine.generator import Generator
+from echo_ray.engine.graph_check import CheckedRecorder
+from echo_ray.engine.graphs import CudaRecorder, Recorder
 from echo_ray.errors import ConfigError
-from echo_ray.model.backends import Attention, Machine, choose
-from echo_ray.model.computing import use
+from echo_ray.model.attention import Attend
+from echo_ray.model.backends import Machine
+from echo_ray.model.computing import Precision
+from echo_ray.weights.modules import Modules
 
 PUBLISHED = "flash"
 """The attention that the published loop's library is closest to, where it can be had."""
@@ -29,6 +37,8 @@ class Setting:
 
     attention: str
     kernels: bool = False
+    graphs: bool = False
+    precision: str = Precision.EXACT.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,64 +47,113 @@ class Rung:
 
     name: str
     setting: Setting
-    exact: bool = True
-    """Whether it may differ from the baseline by roundings alone."""
     missing: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it may differ from the baseline by roundings of the model's own kind alone."""
+        return self.setting.precision == Precision.EXACT
 
 
 def ladder(bench: Bench) -> list[Rung]:
     """Lowest first; each changes one switch of the one before it that can be taken."""
-    published = first_attention(bench, (PUBLISHED, "plain"))
-    setting = Setting(attention=published)
-    rungs = [Rung(f"slots that stay, attention {published}", setting)]
+    setting = Setting(attention=published(bench))
+    rungs = [Rung(f"slots that stay, attention {setting.attention}", setting)]
 
-    def climb(name: str, missing: str, **switch: object) -> None:
+    def climb(name: str, after: Setting, missing: str = "") -> None:
         nonlocal setting
-        after = replace(setting, **switch)  # type: ignore[arg-type]
-        rungs.append(Rung(name, after, missing=missing))
+        missing = missing or refusal(bench, after)
+        rungs.append(Rung(name, after, missing))
         if not missing:
             setting = after
 
-    no_cuda = "" if bench.device.type == "cuda" else "needs CUDA"
     for name in ("cudnn", "fa3"):
-        climb(f"attention {name}", refusal(bench, name), attention=name)
-    climb("kernels", no_cuda, kernels=True)
+        climb(f"attention {name}", replace(setting, attention=name))
+    climb("kernels", replace(setting, kernels=True), "needs CUDA" if bench.dry else "")
+    climb("graphs, their discipline checked" if bench.dry else "graphs",
+          replace(setting, graphs=True))  # fmt: skip
+    for precision in (Precision.FP8, Precision.FP8_ATTENTION8):
+        # 8 bits choose their own attention: few libraries have one.
+        own = "auto" if precision is Precision.FP8_ATTENTION8 else setting.attention
+        # A check of what a graph would refuse is slow, and done once.
+        graphs = not bench.dry
+        after = replace(setting, precision=precision.value, attention=own, graphs=graphs)
+        climb(precision.value, after)
     return rungs
 
 
-def attention(bench: Bench, name: str) -> Attention:
+def published(bench: Bench) -> str:
+    return next(n for n in (PUBLISHED, "plain") if not refusal(bench, Setting(attention=n)))
+
+
+def best_exact(bench: Bench) -> Rung:
+    """With every switch that changes no more than roundings."""
+    return [rung for rung in ladder(bench) if rung.exact and not rung.missing][-1]
+
+
+def plan_of(bench: Bench, setting: Setting) -> Plan:
     """Raises `ConfigError` where it cannot be had."""
-    return choose(name, Machine.of(bench.device), bench.dtype, bench.preset.dit.head_dim)
+    section = ModelSection(attention=setting.attention, precision=setting.precision)
+    return computing_of(section, bench.preset, Machine.of(bench.device))
 
 
-def refusal(bench: Bench, name: str) -> str:
-    """Why an attention cannot be had here; empty if it can."""
+def attention(bench: Bench, name: str) -> Attend:
+    """Raises `ConfigError` where it cannot be had."""
+    return plan_of(bench, Setting(attention=name)).attention.attend
+
+
+def refusal(bench: Bench, setting: Setting) -> str:
+    """Why a setting cannot be had here; empty if it can."""
     try:
-        attention(bench, name)
+        plan_of(bench, setting)
     except ConfigError as e:
         return e.message
     return ""
 
 
-def first_attention(bench: Bench, names: Sequence[str]) -> str:
-    return next(name for name in names if not refusal(bench, name))
+def modules_of(bench: Bench, setting: Setting) -> Modules:
+    """Modules that compute so. Weights are rounded to 8 bits for good: those are drawn anew."""
+    modules = bench.modules
+    if setting.precision != Precision.EXACT:
+        modules = random_modules(bench.preset, bench.device, bench.seed)
+    return plan_of(bench, setting).applied(modules)
+
+
+@contextmanager
+def kernels_chosen(*, kernels: bool) -> Iterator[None]:
+    """The environment's choice of kernels or truths, for a while."""
+    before = os.environ.pop(VARIABLE, None)
+    if not kernels:
+        os.environ[VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 @contextmanager
 def climbed(bench: Bench, rung: Rung) -> Iterator[Generator]:
-    """Our generator in a rung's setting, without points; the setting is taken back after."""
-    before = os.environ.get(VARIABLE)
-    modules = bench.modules
-    os.environ[VARIABLE] = "" if rung.setting.kernels else "reference"
-    use(modules.dit, modules.memory, attention(bench, rung.setting.attention))
-    preset = unconsolidated(bench.preset)
-    try:
-        yield Generator(modules.dit, modules.memory, preset.cache, preset.sampler)
-    finally:
-        use(modules.dit, modules.memory, attention(bench, "auto"))
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+    """Our generator in a rung's setting, without points; its memory is given back after."""
+    modules, cache = modules_of(bench, rung.setting), unconsolidated(bench.preset).cache
+    recorder = recorder_of(bench) if rung.setting.graphs else None
+    with kernels_chosen(kernels=rung.setting.kernels):
+        yield Generator(
+            modules.dit, modules.memory, cache, bench.preset.sampler,
+            recorder=recorder, arenas_kept=0,
+        )  # fmt: skip
+    del modules, recorder
+    free(bench)
+
+
+def recorder_of(bench: Bench) -> Recorder:
+    """Of graphs, or on a CPU of what a graph would refuse."""
+    return CheckedRecorder() if bench.dry else CudaRecorder()
+
+
+def free(bench: Bench) -> None:
+    """Let go of what is not reachable any more: states hold gigabytes."""
+    gc.collect()
+    if not bench.dry:
+        torch.cuda.empty_cache()

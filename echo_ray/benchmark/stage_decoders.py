@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 import torch
 from torch import Tensor
 
 from echo_ray.benchmark.random_weights import random_codec
 from echo_ray.benchmark.result import Check, Outcome, Table, Value
+from echo_ray.benchmark.rungs import free, kernels_chosen, recorder_of
 from echo_ray.benchmark.subject import Bench
 from echo_ray.benchmark.timing import Spread
 from echo_ray.model.codec import Codec, CodecState
 from echo_ray.preset import CodecShape, TinyVaeShape, WanVaeShape
 
 _SMALL_WAN = {"dim": 4, "dim_mult": (1, 1, 1, 2)}
+_DRY_SIDE = 2
 _SHORT = 9
 """Latents that a window keeps: fewer than the large decoder needs."""
 
 
 def run(bench: Bench, out: Outcome) -> None:
     """Every codec that the preset names; for one with neither, both at a small size."""
-    times = out.table("Decoders", "decoder", "ms a chunk", "p95 ms", "state MB")
+    times = out.table("Decoders", "decoder", "form", "ms a chunk", "p95 ms", "state MB")
     replays = out.table(
         "Rebuilding a decoder", "decoder", "latents", "ms", "state", "frames off by"
     )
@@ -31,24 +31,85 @@ def run(bench: Bench, out: Outcome) -> None:
             continue
         bench.say(f"decoders: {name}")
         codec = random_codec(shape, bench.preset.dit, bench.device, bench.dtype, bench.seed)
-        _measured(bench, out, name, codec, times, replays)
+        with kernels_chosen(kernels=False):
+            _timed(bench, out, name, "plain operations", codec, times)
+        if not bench.dry:
+            _timed(bench, out, name, "kernels", codec, times)
+        codec.lie_channels_last()
+        _timed(bench, out, name, "channels last", codec, times)
+        _recorded(bench, out, name, codec, times)
+        _rebuilt(bench, out, name, codec, replays)
+        del codec
+        free(bench)
 
 
-def _measured(
-    bench: Bench, out: Outcome, name: str, codec: Codec, times: Table, replays: Table
+def _timed(bench: Bench, out: Outcome, name: str, form: str, codec: Codec, times: Table) -> None:
+    """A chunk's latents in the middle of a stream."""
+    past, last = _latents(bench, 2), _latents(bench, bench.preset.cache.frames_per_chunk)
+    live = codec.decode(past, codec.initial_state())[1]
+    codec.decode(last, live)
+    samples = bench.timer.samples(lambda: codec.decode(last, live), bench.plan.decoded_chunks)
+    _tell(out, name, form, samples, live, times)
+
+
+def _recorded(bench: Bench, out: Outcome, name: str, codec: Codec, times: Table) -> None:
+    """The same, each latent a replay of one recording over a state that stays where it is."""
+    stream = _latents(bench, 2 + bench.preset.cache.frames_per_chunk)
+    latent = stream[:, 0].clone()
+    state, recorder = codec.fixed_state(latent), recorder_of(bench)
+
+    def work() -> Tensor:
+        return codec.decode_fixed(latent, state, first=False)
+
+    # Recording runs the work, on a GPU twice: the stream begins after it, in the same place.
+    recording = recorder.record(work)[1]
+    for past in state.values():
+        past.zero_()
+    codec.decode_fixed(latent, state, first=True)
+    expected, found = codec.decode(stream, codec.initial_state())[0], []
+    for each in stream.unbind(1)[1:]:
+        latent.copy_(each)
+        frames = recording.replay(work)
+        assert frames is not None
+        found.append(frames.clone())
+    same = torch.equal(torch.cat(found, dim=1), expected[:, 1:])
+    form = "recorded, its discipline checked" if bench.dry else "graph"
+    said = "the same bits" if same else "other bits"
+    out.checks.append(Check(f"{name} decoder, {form}", same, f"{said} as latent by latent"))
+
+    def chunk() -> None:
+        for each in stream.unbind(1)[2:]:
+            latent.copy_(each)
+            recording.replay(work)
+
+    samples = bench.timer.samples(chunk, bench.plan.decoded_chunks)
+    if recorder.failures:
+        out.skipped.append(f"{name}, {form}: could not be captured")
+        return
+    _tell(out, name, form, samples, state, times)
+
+
+def _tell(
+    out: Outcome, name: str, form: str, samples: list[float], state: CodecState, times: Table
 ) -> None:
+    """The quickest form is the decoder's figure."""
+    spread = Spread.of(samples)
+    out.samples[f"decoder {name}, {form}"] = samples
+    key = f"decode_{name}_ms"
+    out.figures[key] = min(spread.median, out.figures.get(key, spread.median))
+    size = sum(t.numel() * t.element_size() for t in state.values()) / 1e6
+    times.add(
+        {"decoder": name, "form": form, "ms a chunk": spread.median, "p95 ms": spread.p95,
+         "state MB": size}
+    )  # fmt: skip
+
+
+def _rebuilt(bench: Bench, out: Outcome, name: str, codec: Codec, replays: Table) -> None:
+    """The state after many latents, against what the last few of them make."""
     count = bench.preset.cache.frames_per_chunk
     latents = _latents(bench, codec.rebuild_latents + 2 * count)
     past, last = latents[:, :-count], latents[:, -count:]
     live = codec.decode(past, codec.initial_state())[1]
-    samples = bench.timer.samples(lambda: codec.decode(last, live), bench.plan.decoded_chunks)
-    out.samples[f"decoder {name}"] = samples
-    out.figures[f"decode_{name}_ms"] = median(samples)
-    times.add({
-            "decoder": name, "ms a chunk": median(samples), "p95 ms": Spread.of(samples).p95,
-            "state MB": sum(t.numel() * t.element_size() for t in live.values()) / 1e6,
-        }
-    )  # fmt: skip
     for kept in sorted({_SHORT, codec.rebuild_latents}):
         row, check = _replayed(bench, codec, name, past[:, -kept:], live, last)
         replays.add(row)
@@ -93,8 +154,9 @@ def _replayed(
 
 
 def _latents(bench: Bench, count: int) -> Tensor:
+    """Of the preset's size; on a CPU of a few pixels."""
     dit = bench.preset.dit
+    height, width = (_DRY_SIDE,) * 2 if bench.dry else (dit.latent_height, dit.latent_width)
     generator = torch.Generator(bench.device).manual_seed(bench.seed)
-    size = (1, count, dit.in_channels, dit.latent_height, dit.latent_width)
-    drawn = torch.randn(size, generator=generator, device=bench.device)
-    return drawn.to(bench.dtype)
+    size = (1, count, dit.in_channels, height, width)
+    return torch.randn(size, generator=generator, device=bench.device).to(bench.dtype)

@@ -14,7 +14,7 @@ from echo_ray import __version__
 from echo_ray.benchmark import gate
 from echo_ray.benchmark.random_weights import check_residuals
 from echo_ray.benchmark.result import Check, Outcome
-from echo_ray.benchmark.rungs import PUBLISHED, attention, climbed, first_attention, ladder
+from echo_ray.benchmark.rungs import attention, best_exact, climbed, ladder, published
 from echo_ray.benchmark.subject import Bench
 
 _QUERY = (
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 def parity(bench: Bench, out: Outcome) -> None:
     """Every rung that is to be timed against the baseline, from scratch through all phases."""
-    loop = bench.baseline(attention(bench, first_attention(bench, (PUBLISHED, "plain"))).attend)
+    loop = bench.baseline(attention(bench, published(bench)))
     loop.residuals = []
     loop.generate(loop.start(bench.prompts()[0]), bench.noise())
     low, high = check_residuals(loop.residuals)
@@ -81,12 +81,16 @@ def parity(bench: Bench, out: Outcome) -> None:
     table = out.table("Gate", "rung", "what", "worst", "allowed", "verdict")
     rungs = [rung for rung in ladder(bench) if not rung.missing]
     out.skipped += [f"{rung.name}: {rung.missing}" for rung in ladder(bench) if rung.missing]
+    best = best_exact(bench)
     for rung in rungs:
         bench.say(f"gate: {rung.name}")
         with climbed(bench, rung) as ours:
-            # The prompt switch, once: with every switch of the engine on.
-            prompts = bench.prompts()[: 2 if rung is rungs[-1] else 1]
-            results = list(gate.compare(ours, loop, prompts, bench.noise(), bench.plan.gate_chunks))
+            # The prompt switch, once: with every exact switch on.
+            prompts = bench.prompts()[: 2 if rung == best else 1]
+            share = None if rung.exact else gate.SHARE_8
+            results = list(
+                gate.compare(ours, loop, prompts, bench.noise(), bench.plan.gate_chunks, share)
+            )
         for worst in _worst(results):
             verdict = "pass" if worst.passed else "FAIL"
             table.add(

@@ -10,7 +10,7 @@ from statistics import median
 
 from echo_ray.benchmark.gate import FIRST_MATURE
 from echo_ray.benchmark.result import Outcome, Table
-from echo_ray.benchmark.rungs import PUBLISHED, Rung, attention, climbed, first_attention, ladder
+from echo_ray.benchmark.rungs import Rung, Setting, attention, climbed, ladder, published, refusal
 from echo_ray.benchmark.subject import Bench
 from echo_ray.benchmark.timing import Spread
 from echo_ray.benchmark.work import Work, work_of
@@ -21,8 +21,7 @@ WARM = 2
 
 def run(bench: Bench, out: Outcome) -> None:
     """Medians and p95 of every rung, its speed-up, and below which a gain is noise."""
-    name = first_attention(bench, (PUBLISHED, "plain"))
-    slow = _baseline(bench, name)
+    slow = _baseline(bench, published(bench))
     work = work_of(bench.preset)
     table = out.table(
         "Ladder, mature chunks, forwards only",
@@ -44,18 +43,15 @@ def run(bench: Bench, out: Outcome) -> None:
     noise = _noise([blocks for *_, blocks in timed])
     out.figures["noise_share"] = noise
     _fill(table, timed, noise, work, out)
-    if better := [r for r in ("fa3", "cudnn") if attention_is(bench, r)]:
+    better = [n for n in ("fa3", "cudnn") if not refusal(bench, Setting(attention=n))]
+    if better:
         _baseline_with(bench, better[0], table, out, work)
     out.figures["baseline_ms"] = median(ms for *_, b in timed for part in b for ms in part)
 
 
-def attention_is(bench: Bench, name: str) -> bool:
-    return first_attention(bench, (name, "plain")) == name
-
-
 def _baseline(bench: Bench, name: str) -> Callable[[], object]:
     """One more chunk of a baseline in the mature phase."""
-    loop = bench.baseline(attention(bench, name).attend)
+    loop = bench.baseline(attention(bench, name))
     stream, noise = loop.start(bench.prompts()[0]), bench.noise()
     for _ in range(FIRST_MATURE):
         loop.generate(stream, noise)
@@ -120,8 +116,10 @@ def _fill(
                 "TFLOP/s": work.flops / spread.median / 1e9,
             }
         )  # fmt: skip
-        out.figures["chunk_ms"] = spread.median
-        out.figures["speed_up"] = ratio
+        if rung.exact:
+            out.figures |= {"chunk_ms": spread.median, "speed_up": ratio}
+        else:
+            out.figures[f"chunk_{rung.setting.precision}_ms"] = spread.median
         below = ratio
 
 

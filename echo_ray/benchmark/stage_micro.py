@@ -24,7 +24,7 @@ from echo_kernels import (
 )
 from echo_ray.benchmark.baseline_maths import Turns
 from echo_ray.benchmark.result import Outcome, Table
-from echo_ray.benchmark.rungs import attention, refusal
+from echo_ray.benchmark.rungs import Setting, attention, refusal
 from echo_ray.benchmark.subject import Bench
 from echo_ray.benchmark.work import key_counts
 from echo_ray.model.backends import Machine
@@ -109,10 +109,10 @@ def _attentions(bench: Bench, out: Outcome) -> None:
     queries = bench.preset.cache.frames_per_chunk * dit.tokens_per_frame
     table = out.table(f"Attention of {queries} queries", "library", "keys", "ms", "TFLOP/s")
     for name in ATTENTIONS:
-        if why := refusal(bench, name):
+        if why := refusal(bench, Setting(attention=name)):
             out.skipped.append(f"attention {name}: {why}")
             continue
-        attend = attention(bench, name).attend
+        attend = attention(bench, name)
         for keys in key_counts(bench.preset):
             if name == "plain" and queries * keys > _PLAIN_KEYS:
                 out.skipped.append(f"attention plain, {keys} keys: it would keep every product")

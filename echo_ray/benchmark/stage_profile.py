@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from echo_ray.benchmark.gate import FIRST_MATURE
 from echo_ray.benchmark.result import Outcome
-from echo_ray.benchmark.rungs import PUBLISHED, attention, climbed, first_attention, ladder
+from echo_ray.benchmark.rungs import attention, best_exact, climbed, published
 from echo_ray.benchmark.subject import Bench
 
 KINDS = {
@@ -46,15 +46,13 @@ class Line:
 def run(bench: Bench, out: Outcome) -> None:
     """A table of the largest kernels for either side, and the share of each kind."""
     shares = out.table("Where a chunk's time goes", "side", "kind", "ms", "% of the chunk")
-    name = first_attention(bench, (PUBLISHED, "plain"))
-    loop = bench.baseline(attention(bench, name).attend)
+    loop = bench.baseline(attention(bench, published(bench)))
     stream, noise = loop.start(bench.prompts()[0]), bench.noise()
     for _ in range(FIRST_MATURE):
         loop.generate(stream, noise)
     bench.say("profile: R0")
     _tell(bench, out, shares, "R0", lambda: loop.generate(stream, noise))
-    rung = [r for r in ladder(bench) if not r.missing][-1]
-    with climbed(bench, rung) as generator:
+    with climbed(bench, best_exact(bench)) as generator:
         state = generator.start(bench.prompts()[0])
         for _ in range(FIRST_MATURE + 1):
             generator.generate(state, noise)

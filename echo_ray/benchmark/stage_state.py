@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 
 from echo_ray.benchmark.random_weights import random_codec
 from echo_ray.benchmark.result import Check, Outcome
+from echo_ray.benchmark.rungs import Setting, best_exact, free, modules_of
 from echo_ray.benchmark.subject import PROMPTS, Bench, quick_codec
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.state import SessionState
 from echo_ray.session import snapshot as codec_of
+from echo_ray.session.snapshot import Snapshot
 
 POINT_EVERY_S = 10.0
 """How often a snapshot is taken in the goal that this stage answers."""
 
 
-def engine_of(bench: Bench) -> EchoEngine:
+def engine_of(bench: Bench, setting: Setting) -> EchoEngine:
     """The whole engine as it is served, with the preset's quickest codec."""
     preset = quick_codec(bench.preset)
     codec = random_codec(preset.codec, preset.dit, bench.device, bench.dtype, bench.seed + 2)
-    modules = replace(bench.modules, codec=codec)
-    return EchoEngine(preset, modules, bench.device, threads=1)
+    if not bench.dry:
+        codec.lie_channels_last()
+    modules = replace(modules_of(bench, setting), codec=codec)
+    return EchoEngine(preset, modules, bench.device, threads=1, graphs=setting.graphs)
 
 
 def run(bench: Bench, out: Outcome) -> None:
     """One session past two points, saved there, and resumed twice."""
-    engine = engine_of(bench)
-    every = engine.shape.point_every
-    if not every:
+    engine = engine_of(bench, best_exact(bench).setting)
+    if engine.shape.point_every:
+        _session(bench, out, engine)
+    else:
         out.skipped.append(f"{bench.preset.name} has no points (cache.point_every is 0)")
-        return
-    state = engine.open(PROMPTS[0], bench.seed)
+    del engine
+    free(bench)
+
+
+def _session(bench: Bench, out: Outcome, engine: EchoEngine) -> None:
+    every, state = engine.shape.point_every, engine.open(PROMPTS[0], bench.seed)
     plain: list[float] = []
     points: list[float] = []
     for index in range(2 * every):
@@ -39,15 +49,14 @@ def run(bench: Bench, out: Outcome) -> None:
         if index >= every:
             (points if (index + 1) % every == 0 else plain).append(ms)
     bench.say("state: saving")
-    table = out.table("State", "what", "value", "unit")
-    waits = []
+    waits: list[Callable[[], Snapshot]] = []
+    snapshots: list[Snapshot] = []
     launch_ms = bench.timer.once(lambda: waits.append(engine.saving(state)))
-    snapshots = []
     wait_ms = bench.timer.once(lambda: snapshots.append(waits[0]()))
     blob = codec_of.encode(snapshots[0])
     price = points[0] - median(plain)
-    chunk_s = engine.shape.chunk_s
-    share = max(0.0, price) / (median(plain) * POINT_EVERY_S / chunk_s)
+    share = max(0.0, price) / (median(plain) * POINT_EVERY_S / engine.shape.chunk_s)
+    table = out.table("State", "what", "value", "unit")
     for what, value, unit in (
         ("snapshot, all of it", len(blob) / 1e6, "MB"),
         ("live state on the device", engine.state_bytes(state) / 1e9, "GB"),
@@ -60,6 +69,7 @@ def run(bench: Bench, out: Outcome) -> None:
     out.samples |= {"chunk between points": plain, "chunk at a point": points}
     out.figures |= {"snapshot_mb": len(blob) / 1e6, "snapshot_share": 100 * share}
     _resumed(bench, out, engine, state, blob)
+    engine.close(state)
 
 
 def _resumed(
@@ -93,7 +103,9 @@ def _once(bench: Bench, engine: EchoEngine, blob: bytes, count: int) -> tuple[fl
         digests.append(engine.step(states[0]).digest)
 
     ms = bench.timer.once(first)
-    return ms, digests + [engine.step(states[0]).digest for _ in range(count - 1)]
+    digests += [engine.step(states[0]).digest for _ in range(count - 1)]
+    engine.close(states[0])
+    return ms, digests
 
 
 def _first_other(found: list[str], expected: list[str]) -> int:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from echo_ray.benchmark.gate import FIRST_MATURE
-from echo_ray.benchmark.result import Outcome, Value
+from echo_ray.benchmark.result import Outcome, Table, Value
+from echo_ray.benchmark.rungs import best_exact, free, refusal
 from echo_ray.benchmark.stage_state import engine_of
 from echo_ray.benchmark.subject import PROMPTS, Bench
 from echo_ray.benchmark.timing import Spread
@@ -20,6 +21,7 @@ from echo_ray.clock import Clock, SystemClock
 from echo_ray.config import SessionSection
 from echo_ray.engine.engine import EchoEngine
 from echo_ray.engine.state import SessionState
+from echo_ray.model.computing import Precision
 from echo_ray.session.chunk import Chunk
 from echo_ray.session.engine_port import StreamShape
 from echo_ray.session.pacing import Playout, Turn, choose
@@ -96,41 +98,76 @@ def play(
 
 
 def run(bench: Bench, out: Outcome) -> None:
-    """First frames on an idle device, then 1, 2 and 3 streams; the last of several joins late."""
-    engine, clock = engine_of(bench), SystemClock()
-    warm = engine.open(PROMPTS[0], bench.seed)
-    for _ in range(FIRST_MATURE):
-        engine.step(warm)
-    _first_frames(bench, out, engine)
-    table = out.table(
-        "Streams in real time", "streams", "chunk p50 ms", "p95 ms", "p99 ms", "chunks",
-        "missed", "missed %", "first frame of the last, ms",
+    """First frames on an idle device, then 1, 2 and 3 streams; the last of several joins late.
+
+    As many as possible again in the tier of 8 bits, where there is one.
+    """
+    table = Table(
+        "Streams in real time",
+        ("tier", "streams", "chunk p50 ms", "p95 ms", "p99 ms", "chunks", "missed", "missed %",
+         "first frame of the last, ms"),
     )  # fmt: skip
-    shape, seconds = engine.shape, bench.plan.stream_seconds
-    for count in bench.plan.streams:
-        if why := bench.budget.refusal("streams", seconds):
-            out.skipped.append(f"{count} streams: {why}")
+    counts = bench.plan.streams
+    for tier in (Precision.EXACT, Precision.FP8_ATTENTION8):
+        setting = replace(best_exact(bench).setting, precision=tier.value, attention="auto")
+        if why := refusal(bench, setting):
+            out.skipped.append(f"streams, {tier}: {why}")
             continue
-        bench.say(f"streams: {count} for {seconds:g} s")
-        now_s = clock.monotonic()
-        streams = []
-        for number in range(count):
-            late = number > 0 and number == count - 1
-            joins_s = now_s + (seconds / 2 if late else 0.0)
-            streams.append(_stream(engine, f"stream {number}", bench.seed + number, joins_s))
-        play(streams, shape, seconds, clock, time.sleep)
-        row = table_row(streams)
-        table.add(row)
-        if isinstance(share := row["missed %"], float):
-            out.figures[f"missed_share_{count}"] = share
-        out.samples[f"{count} streams"] = [ms for s in streams for ms in s.latencies_ms]
+        engine = engine_of(bench, setting)
+        warm = engine.open(PROMPTS[0], bench.seed)
+        for _ in range(FIRST_MATURE):
+            engine.step(warm)
+        engine.close(warm)
+        exact = tier is Precision.EXACT
+        if exact:
+            _first_frames(bench, out, engine)
+        for count in counts if exact else counts[-1:]:
+            _streams(bench, out, engine, tier, count, table)
+        del engine, warm
+        free(bench)
+    out.tables.append(table)
+
+
+def _streams(
+    bench: Bench, out: Outcome, engine: EchoEngine, tier: Precision, count: int, table: Table
+) -> None:
+    seconds, clock = _seconds(bench), SystemClock()
+    name = f"{count} streams, {tier}"
+    if why := bench.budget.refusal("streams", seconds):
+        out.skipped.append(f"{name}: {why}")
+        return
+    bench.say(f"{name}, {seconds:g} s")
+    now_s, opened = clock.monotonic(), list[SessionState]()
+    streams = []
+    for number in range(count):
+        late = number > 0 and number == count - 1
+        joins_s = now_s + (seconds / 2 if late else 0.0)
+        begin = _beginner(engine, bench.seed + number, opened)
+        streams.append(Stream(f"stream {number}", begin, joins_s))
+    play(streams, engine.shape, seconds, clock, time.sleep)
+    for state in opened:
+        engine.close(state)
+    row = table_row(streams)
+    table.add(row, tier=tier.value)
+    if isinstance(share := row["missed %"], float):
+        suffix = "" if tier is Precision.EXACT else f"_{tier}"
+        out.figures[f"missed_share_{count}{suffix}"] = share
+    out.samples[name] = [ms for s in streams for ms in s.latencies_ms]
+
+
+def _seconds(bench: Bench) -> float:
+    """Longer where there is more time, for rare misses to be seen."""
+    longer = 1.0 if bench.dry else max(1.0, bench.budget.scale)
+    return longer * bench.plan.stream_seconds
 
 
 def _first_frames(bench: Bench, out: Outcome, engine: EchoEngine) -> None:
     """From a prompt the engine knows to the frames of chunk 0, again and again."""
 
     def first() -> None:
-        engine.step(engine.open(PROMPTS[0], bench.seed))
+        state = engine.open(PROMPTS[0], bench.seed)
+        engine.step(state)
+        engine.close(state)
 
     samples = [bench.timer.once(first) for _ in range(bench.plan.repeats)]
     spread = Spread.of(samples)
@@ -140,15 +177,17 @@ def _first_frames(bench: Bench, out: Outcome, engine: EchoEngine) -> None:
     out.figures["first_frame_ms"] = spread.median
 
 
-def _stream(engine: EchoEngine, name: str, seed: int, joins_s: float) -> Stream:
-    opened: list[SessionState] = []
+def _beginner(engine: EchoEngine, seed: int, opened: list[SessionState]) -> Callable[[], Begun]:
+    """Begins a session's next chunk, and the session itself with the first one."""
+    own: list[SessionState] = []
 
     def begin() -> Begun:
-        if not opened:
-            opened.append(engine.open(PROMPTS[0], seed))
-        return engine.begin(opened[0])
+        if not own:
+            own.append(engine.open(PROMPTS[0], seed))
+            opened.append(own[0])
+        return engine.begin(own[0])
 
-    return Stream(name, begin, joins_s)
+    return begin
 
 
 def table_row(streams: list[Stream]) -> dict[str, Value]:

@@ -75,7 +75,12 @@ def test_a_dry_run_does_every_stage(dry: report.Run) -> None:
     assert [(o.stage, o.reason) for o in dry.outcomes if o.status != "done"] == []
     assert not dry.red
     samples = {name for o in dry.outcomes for name in o.samples}
-    assert {"slots that stay, attention plain", "decoder wan", "resume", "first frame"} <= samples
+    assert {
+        "slots that stay, attention plain",
+        "decoder wan, channels last",
+        "resume",
+        "first frame",
+    } <= samples
     assert sum(len(o.checks) for o in dry.outcomes) >= 7
 
 
@@ -98,7 +103,10 @@ def test_the_ladder_has_the_baseline_below_it(dry: report.Run) -> None:
     ladder = next(o for o in dry.outcomes if o.stage == "ladder")
     rows = ladder.tables[0].rows
     assert rows[0]["rung"] == "R0, the published loop"
-    assert len(rows) == 2
+    assert [row["rung"] for row in rows[1:]] == [
+        "slots that stay, attention plain", "graphs, their discipline checked", "fp8",
+        "fp8+attention8",
+    ]  # fmt: skip
     assert any("kernels: needs CUDA" in reason for reason in ladder.skipped)
     beside = ladder.samples["baseline beside slots that stay, attention plain"]
     assert len(beside) == QUICK.blocks * QUICK.chunks
