@@ -211,8 +211,10 @@ def test_a_chunk_waits_once_for_data_and_its_snapshot_not_at_all(
         # behind that mark, is not waited for.
         (waited,) = [c for c in calls if c[0] == "wait"]
         mark = calls.index(("record", waited[1], "main"))
-        context = [c for c in calls[mark + 1 :] if c[0] == "record" and c[2] == "main"]
-        assert len(context) >= 2, "the context pass is measured behind the mark"
+        between = calls[mark + 1 : calls.index(waited)]
+        # The end of two slices, and before and behind each pass that is measured.
+        assert len(between) >= 4, "the context pass is launched behind the mark"
+        assert {(c[0], c[2]) for c in between} == {("record", "main")}
         if state.at_point:
             before = len(told.calls)
             packed = engine.saving(state)
