@@ -62,8 +62,12 @@ def test_a_past_that_nobody_asks_for_any_more_holds_nothing():
         assert eventually(lambda: 8 in [s.chunk_index for s in bench.directory.snapshots("s1")])
         bench.crash(one)
         epoch = bench.claim(two)
+        asyncio.run(watch(two, epoch, 8, 2))
+        # What came before the point is made again with a state of its own.
         assert digests(asyncio.run(watch(two, epoch, 5, 5))) == truth(10)[5:]
-        assert eventually(lambda: len(bench.engines["r2"].held) == 1)
+        engine = bench.engines["r2"]
+        assert len(engine.loaded) + len(engine.opened_with) == 2
+        assert eventually(lambda: len(engine.held) == 1)
 
 
 def test_a_warm_up_leaves_nothing_behind():
