@@ -88,24 +88,38 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 async def wait_for_replicas(service: Service, count: int) -> list[str]:
-    """Ids of the live replicas once there are `count`."""
+    """Ids of the live replicas once there are `count`; one that was killed is listed a while."""
     limit = time.monotonic() + START_LIMIT_S
     async with EchoClient(service.url) as client:
         while time.monotonic() < limit:
             if service.process.poll() is not None:
                 break
             if "serves at" in service.log.read_text() and await client.ready():
-                replicas = await client.replicas()
+                replicas = [r["id"] for r in await client.replicas() if lives(r["pid"])]
                 if len(replicas) >= count:
-                    return [r["id"] for r in replicas]
+                    return replicas
             await asyncio.sleep(0.1)
     raise AssertionError(f"no {count} replicas; the log: {service.log.read_text()[-3000:]}")
 
 
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def owner_pid(client: EchoClient, session_id: str) -> tuple[str, int]:
-    session = await client.get(session_id)
-    owner = next(r for r in await client.replicas() if r["id"] == session["owner"])
-    return owner["id"], owner["pid"]
+    """Id and process of the session's owner, once it has one that lives."""
+    limit = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < limit:
+        session = await client.get(session_id)
+        for replica in await client.replicas():
+            if replica["id"] == session["owner"] and lives(replica["pid"]):
+                return replica["id"], replica["pid"]
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"nobody owns {session_id} within {START_LIMIT_S:g} s")
 
 
 async def take(client: EchoClient, session_id: str, start: int, count: int) -> list[Segment]:

@@ -14,7 +14,7 @@ from service import running_service, take
 from echo_ray.client import EchoClient
 from echo_ray.errors import Forbidden, SessionNotFound, Unauthenticated
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 ON: dict[str, object] = {"access.enabled": "true", "session.drain_s": 1.0}
 

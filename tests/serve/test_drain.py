@@ -162,7 +162,10 @@ def test_without_room_anywhere_a_session_is_parked_and_goes_on_when_a_replica_co
             await until(lambda: bool(seen.told(wire.ErrorMessage)))
             rig.replicas.start("b")
 
-        await asyncio.gather(view(client, sid, {6: drain}, seen), come())
+        async def parked() -> None:
+            await until(lambda: rig.owner(sid) != "a")
+
+        await asyncio.gather(view(client, sid, {6: drain, 9: parked}, seen), come())
         seen.exact(4)
         assert stands == [(None, SessionState.LIVE)]
         (told,) = seen.told(wire.ErrorMessage)

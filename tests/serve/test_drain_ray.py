@@ -18,17 +18,18 @@ from typing import Any
 import httpx
 import pytest
 from fakes import FakeEngine, undisturbed
+from replicas import eventually
 from service import free_port
 
 from echo_ray import wire
 from echo_ray.client import EchoClient, Segment
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 TESTS = str(Path(__file__).parents[1])
 PROMPT = "a red circle"
-COUNT = 56
-"""Chunks of a quarter of a second that each viewer watches."""
+COUNT = 24
+"""Chunks of a quarter of a second that each viewer watches at least."""
 WITHIN_S = 120.0
 """For what takes seconds on an idle machine."""
 
@@ -80,7 +81,7 @@ class Cluster:
 
     def replicas(self, state: str = "ready") -> list[dict[str, Any]]:
         try:
-            found = httpx.get(f"{self.url}/v1/admin/replicas", timeout=5).json()["replicas"]
+            found = httpx.get(f"{self.url}/v1/admin/replicas", timeout=30).json()["replicas"]
         except httpx.HTTPError:
             return []
         return [r for r in found if r["state"] == state]
@@ -96,7 +97,7 @@ class Cluster:
     def drain(self, replica_id: str, deadline_s: float) -> None:
         body = {"deadline_s": deadline_s}
         url = f"{self.url}/v1/admin/replicas/{replica_id}/drain"
-        assert httpx.post(url, json=body, timeout=10).status_code == 202
+        assert httpx.post(url, json=body, timeout=60).status_code == 202
 
     def add_node(self) -> None:
         number = len(self.nodes)
@@ -161,13 +162,29 @@ class Seen:
         names = [s.metadata.owner for s in self.segments]
         return [n for i, n in enumerate(names) if i == 0 or n != names[i - 1]]
 
+    def told(self, kind: type[wire.Migrated | wire.ErrorMessage]) -> list[Any]:
+        return [m for m in self.messages if isinstance(m, kind)]
 
-Disturb = Callable[[list[str]], Awaitable[None]]
+
+@dataclass
+class Scene:
+    """Sessions and their viewers, as a disturbance finds them."""
+
+    ids: list[str]
+    seen: list[Seen]
+
+    async def until(self, condition: Callable[[Seen], bool]) -> None:
+        """Return when it holds for every viewer; all of them watch on meanwhile."""
+        everybody = lambda: all(condition(seen) for seen in self.seen)  # noqa: E731
+        assert await asyncio.to_thread(eventually, everybody, WITHIN_S)
+
+
+Disturb = Callable[[Scene], Awaitable[None]]
 
 
 async def watched(cluster: Cluster, disturb: Disturb, *, sessions: int = 3) -> list[Seen]:
-    """Watch sessions on one replica through a disturbance; every segment once, and exact."""
-    begun = asyncio.Event()
+    """Watch sessions through a disturbance, to its end; every segment once, and exact."""
+    begun, over = asyncio.Event(), asyncio.Event()
 
     async def view(client: EchoClient, session_id: str, seen: Seen) -> None:
         stream = client.segments(session_id, start=0, on_message=seen.messages.append)
@@ -177,15 +194,17 @@ async def watched(cluster: Cluster, disturb: Disturb, *, sessions: int = 3) -> l
                 seen.at_s.append(time.monotonic())
                 if segment.index == 8:
                     begun.set()
-                if len(seen.segments) == COUNT:
+                if len(seen.segments) >= COUNT and over.is_set():
                     return
+
+    everybody = [Seen([], [], []) for _ in range(sessions)]
 
     async def disturbed(ids: list[str]) -> None:
         await begun.wait()
-        await disturb(ids)
+        await disturb(Scene(ids, everybody))
+        over.set()
 
-    everybody = [Seen([], [], []) for _ in range(sessions)]
-    async with asyncio.timeout(100), EchoClient(cluster.url) as client:
+    async with asyncio.timeout(4 * WITHIN_S), EchoClient(cluster.url) as client:
         ids = [(await client.create(PROMPT, seed=n))["id"] for n in range(sessions)]
         views = [view(client, sid, s) for sid, s in zip(ids, everybody, strict=True)]
         await asyncio.gather(*views, disturbed(ids))
@@ -194,22 +213,29 @@ async def watched(cluster: Cluster, disturb: Disturb, *, sessions: int = 3) -> l
     gaps = ", ".join(f"{seen.longest_gap_s:.2f}" for seen in everybody)
     logging.getLogger(__name__).info("longest gaps: %s s", gaps)
     for seed, seen in enumerate(everybody):
-        assert [s.index for s in seen.segments] == list(range(COUNT))
-        digests = undisturbed(FakeEngine(), PROMPT, seed, COUNT, {})
+        count = len(seen.segments)
+        assert [s.index for s in seen.segments] == list(range(count))
+        digests = undisturbed(FakeEngine(), PROMPT, seed, count, {})
         assert [s.metadata.digest for s in seen.segments] == digests
         assert not any(s.metadata.discontinuity for s in seen.segments)
     return everybody
 
 
-async def gather_at(cluster: Cluster, ids: list[str]) -> dict[str, Any]:
-    """Move all sessions to one replica and let it serve them for a moment; returns it."""
+async def gather_at(cluster: Cluster, scene: Scene) -> dict[str, Any]:
+    """Move all sessions to one replica, until viewers have seen segments of it; returns it."""
     target = (await asyncio.to_thread(cluster.replicas))[0]
     async with EchoClient(cluster.url) as client:
-        for session_id in ids:
+        for session_id in scene.ids:
             await client.migrate(session_id, to=target["id"])
-    # Until viewers have seen segments of it.
-    await asyncio.sleep(1.5)
+    await scene.until(lambda seen: seen.owners[-1] == target["id"])
     return target
+
+
+def left(source: str) -> Callable[[Seen], bool]:
+    """Whether a viewer has seen its session leave `source`, and was told where it went."""
+    return lambda seen: (
+        seen.owners[-1] != source and seen.owners[-1] in [m.owner for m in seen.told(wire.Migrated)]
+    )
 
 
 def moved(everybody: list[Seen], source: str) -> None:
@@ -221,7 +247,7 @@ def moved(everybody: list[Seen], source: str) -> None:
     for seen in everybody:
         assert source in seen.owners
         assert seen.owners[-1] != source
-        assert seen.owners[-1] in [m.owner for m in seen.messages if isinstance(m, wire.Migrated)]
+        assert seen.owners[-1] in [m.owner for m in seen.told(wire.Migrated)]
         begun += seen.owners[-1] in [m.to for m in seen.messages if isinstance(m, wire.Migrating)]
     assert begun
 
@@ -231,10 +257,11 @@ def test_an_admin_drains_a_replica_with_three_watched_sessions(cluster: Cluster)
     cluster.wait(2)
     source: list[str] = []
 
-    async def drain(ids: list[str]) -> None:
-        target = await gather_at(cluster, ids)
+    async def drain(scene: Scene) -> None:
+        target = await gather_at(cluster, scene)
         source.append(target["id"])
-        await asyncio.to_thread(cluster.drain, target["id"], 30)
+        await asyncio.to_thread(cluster.drain, target["id"], WITHIN_S)
+        await scene.until(left(target["id"]))
 
     everybody = asyncio.run(watched(cluster, drain))
     moved(everybody, source[0])
@@ -250,10 +277,11 @@ def test_sigterm_moves_the_sessions_before_the_process_ends(cluster: Cluster) ->
     cluster.wait(2)
     source: list[str] = []
 
-    async def end(ids: list[str]) -> None:
-        target = await gather_at(cluster, ids)
+    async def end(scene: Scene) -> None:
+        target = await gather_at(cluster, scene)
         source.append(target["id"])
         os.kill(target["pid"], signal.SIGTERM)
+        await scene.until(left(target["id"]))
 
     everybody = asyncio.run(watched(cluster, end))
     moved(everybody, source[0])
@@ -264,8 +292,9 @@ def test_new_code_replaces_every_replica_under_its_viewers(cluster: Cluster) -> 
     cluster.deploy(2)
     before = {r["id"] for r in cluster.wait(2)}
 
-    async def redeploy(_: list[str]) -> None:
+    async def redeploy(scene: Scene) -> None:
         await asyncio.to_thread(cluster.deploy, 2, 2)
+        await scene.until(lambda seen: seen.owners[-1] not in before)
 
     everybody = asyncio.run(watched(cluster, redeploy))
     assert not before & {r["id"] for r in cluster.wait(2)}
@@ -281,17 +310,23 @@ def test_scale_down_moves_the_sessions_of_the_replica_that_goes(cluster: Cluster
 
     at: list[str] = []
 
-    async def shrink(ids: list[str]) -> None:
+    stayed: list[str] = []
+
+    async def shrink(scene: Scene) -> None:
         at.extend(r["id"] for r in await asyncio.to_thread(cluster.replicas))
         async with EchoClient(cluster.url) as client:
-            for session_id, replica_id in zip(ids, at, strict=True):
+            for session_id, replica_id in zip(scene.ids, at, strict=True):
                 await client.migrate(session_id, to=replica_id)
+        places = dict(zip(map(id, scene.seen), at, strict=True))
+        await scene.until(lambda seen: seen.owners[-1] == places[id(seen)])
         await asyncio.to_thread(cluster.deploy, 1, 2)
+        (last,) = await asyncio.to_thread(cluster.wait, 1)
+        stayed.append(last["id"])
+        await scene.until(lambda seen: seen.owners[-1] == last["id"])
 
     everybody = asyncio.run(watched(cluster, shrink, sessions=2))
-    (left,) = cluster.wait(1)
     for seen, first in zip(everybody, at, strict=True):
-        last = [first] if first == left["id"] else [first, left["id"]]
+        last = [first] if first == stayed[0] else [first, stayed[0]]
         assert seen.owners[-len(last) :] == last
 
 
@@ -300,18 +335,19 @@ def test_without_room_sessions_are_parked_and_go_on_when_a_replica_comes(cluster
     (only,) = cluster.wait(1)
     parked: list[tuple[str, Any]] = []
 
-    async def drain(ids: list[str]) -> None:
-        await asyncio.to_thread(cluster.drain, only["id"], 1)
+    async def drain(scene: Scene) -> None:
+        await asyncio.to_thread(cluster.drain, only["id"], 3)
         await asyncio.to_thread(cluster.wait, 1, "drained")
         async with EchoClient(cluster.url) as client:
-            record = await client.get(ids[0])
+            record = await client.get(scene.ids[0])
         parked.append((record["state"], record["owner"]))
+        await scene.until(lambda seen: bool(seen.told(wire.ErrorMessage)))
         await asyncio.to_thread(cluster.deploy, 2, 2)
+        await scene.until(lambda seen: seen.owners[-1] != only["id"])
 
     (seen,) = asyncio.run(watched(cluster, drain, sessions=1))
     assert parked == [("live", None)]
-    errors = [m for m in seen.messages if isinstance(m, wire.ErrorMessage)]
-    assert {e.code for e in errors} == {"no_replica"}
+    assert {e.code for e in seen.told(wire.ErrorMessage)} == {"no_replica"}
     assert len(seen.owners) == 2
 
 
@@ -320,8 +356,8 @@ def test_a_node_that_is_drained_loses_nothing(cluster: Cluster) -> None:
     cluster.wait(2)
     source: list[str] = []
 
-    async def drain_node(ids: list[str]) -> None:
-        target = await gather_at(cluster, ids)
+    async def drain_node(scene: Scene) -> None:
+        target = await gather_at(cluster, scene)
         source.append(target["id"])
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
         options = {
@@ -329,17 +365,18 @@ def test_a_node_that_is_drained_loses_nothing(cluster: Cluster) -> None:
             "--node-id": target["node_id"],
             "--reason": "DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message": "a spot notice",
-            "--deadline-remaining-seconds": "40",
+            "--deadline-remaining-seconds": "100",
         }
         words = [word for pair in options.items() for word in pair]
         await asyncio.to_thread(
-            subprocess.run, [*command, *words], check=True, timeout=60, capture_output=True
+            subprocess.run, [*command, *words], check=True, timeout=WITHIN_S, capture_output=True
         )
         # Seen by the replica itself, long before Serve stops it.
         page = await asyncio.to_thread(httpx.get, f"http://{target['address']}/metrics")
         while 'echo_ray_drains_total{reason="node"} 1.0' not in page.text:
             await asyncio.sleep(0.2)
             page = await asyncio.to_thread(httpx.get, f"http://{target['address']}/metrics")
+        await scene.until(left(target["id"]))
 
     everybody = asyncio.run(watched(cluster, drain_node))
     moved(everybody, source[0])

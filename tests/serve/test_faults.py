@@ -17,6 +17,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from service import (
     Service,
+    lives,
     owner_pid,
     resume_process,
     running_service,
@@ -28,7 +29,7 @@ from uploads import mp4
 
 from echo_ray.client import EchoClient
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 PROMPT = "a red ball on a blue background"
 OTHER = "a green square on a black background"
@@ -51,7 +52,9 @@ Disturbance = Callable[[EchoClient, str, int], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service")) as running:
+    # A lease that no pause of a busy machine outlasts: owners change for the faults of the tests.
+    settings = {"session.lease_ttl_s": 20.0, "session.silence_s": 3.0}
+    with running_service(tmp_path_factory.mktemp("service"), **settings) as running:
         yield running
 
 
@@ -127,7 +130,13 @@ def test_a_stopped_owner_that_wakes_up_is_fenced_and_writes_nothing(service: Ser
             stopped.append(await owner_pid(client, session))
             os.kill(stopped[0][1], signal.SIGSTOP)
         elif index == 12:
-            assert (await client.get(session))["owner"] != stopped[0][0]
+            # What it had made before it was stopped may reach this far.
+            for _ in range(600):
+                if (await client.get(session))["owner"] != stopped[0][0]:
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                pytest.fail("a stopped owner was not replaced")
             resume_process(stopped[0][1])
         elif index == 17:
             rows.update(await client.get(session))
@@ -177,20 +186,21 @@ def test_a_clip_survives_kill_9_before_the_first_point(service: Service) -> None
 
     async def scenario() -> None:
         async with EchoClient(service.url) as client:
-            made = await client.create(PROMPT, seed=8, pace="max", clip=clip)
+            # In real time: the first point is seconds away, however slowly this viewer reads.
+            made = await client.create(PROMPT, seed=8, clip=clip)
             assert made["clip_frames"] == 21
             session, seen = made["id"], []
             stream = client.segments(session, start=0, format="raw")
             async with aclosing(stream):
                 async for segment in stream:
                     seen.append(segment.metadata.digest)
-                    if segment.index == 3:
+                    if segment.index == 0:
                         _, pid = await owner_pid(client, session)
                         os.kill(pid, signal.SIGKILL)
                         assert await client.snapshots(session) == []
-                    if len(seen) == 12:
+                    if len(seen) == 10:
                         break
-            assert seen == undisturbed(PROMPT, 8, 12, {}, clip=clip)
+            assert seen == undisturbed(PROMPT, 8, 10, {}, clip=clip)
             assert seen[:3] != undisturbed(PROMPT, 8, 3, {})
             assert (await client.get(session))["epoch"] == 2
             await client.delete(session)
@@ -219,7 +229,9 @@ def test_pause_costs_nothing_and_resume_is_exact(service: Service) -> None:
 
 def test_metrics_tell_what_happened(service: Service) -> None:
     replicas = httpx.get(f"{service.url}/v1/admin/replicas").json()["replicas"]
-    pages = [httpx.get(f"http://{r['address']}/metrics").text for r in replicas]
+    alive = [r["address"] for r in replicas if lives(r["pid"])]
+    assert alive
+    pages = [httpx.get(f"http://{address}/metrics", timeout=20).text for address in alive]
     pages.append(httpx.get(f"{service.url}/metrics").text)
     text = "\n".join(pages)
     for name in METRICS:
@@ -242,7 +254,7 @@ def test_the_readme_s_program_runs(service: Service) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     lines = [line.split() for line in ran.stdout.splitlines()]
@@ -260,15 +272,15 @@ def test_the_page_shows_a_stream_across_its_owner_s_death(
         page.open(service.url)
         page.fill("prompt", PROMPT)
         page.click("#start-form button")
-        page.wait_for("Number(document.getElementById('received').textContent) >= 6", limit_s=40)
+        page.wait_for("Number(document.getElementById('received').textContent) >= 6", limit_s=60)
         replicas = httpx.get(f"{service.url}/v1/admin/replicas").json()["replicas"]
         owner = page.text("owner")
         os.kill(next(r["pid"] for r in replicas if r["id"] == owner), signal.SIGKILL)
-        page.wait_for(f"document.getElementById('owner').textContent != '{owner}'", limit_s=30)
+        page.wait_for(f"document.getElementById('owner').textContent != '{owner}'", limit_s=60)
         page.fill("switch", OTHER)
         page.click("#switch-form button")
-        page.wait_for(f"document.getElementById('effect').textContent == '{OTHER}'", limit_s=40)
-        page.wait_for("document.getElementById('video').currentTime > 8", limit_s=40)
+        page.wait_for(f"document.getElementById('effect').textContent == '{OTHER}'", limit_s=60)
+        page.wait_for("document.getElementById('video').currentTime > 8", limit_s=60)
         page.screenshot(service.folder / "page.png")
         assert page.text("handovers") == "1"
         assert page.text("reconnects") == "0"

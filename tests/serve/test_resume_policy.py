@@ -87,7 +87,10 @@ def test_what_may_not_go_on_waits_with_a_reason_and_goes_on_exactly_where_it_may
             before.append(record.next_index)
             rig.replicas.start("c", Device(HERE))
 
-        await asyncio.gather(view(client, sid, {6: leave}, seen), come_back())
+        async def parked() -> None:
+            await until(lambda: rig.owner(sid) != "a")
+
+        await asyncio.gather(view(client, sid, {6: leave, 9: parked}, seen), come_back())
         assert [s.index for s in seen.segments] == list(range(COUNT))
         assert not any(s.metadata.discontinuity for s in seen.segments)
         (told,) = seen.told(wire.ErrorMessage)
