@@ -98,6 +98,7 @@ def benchmark(
     device = device_of(request.device)
     check_subject(request.preset, device)
     budget = Budget(request.minutes, request.stages, clock)
+    before = stage_gate.device_facts(device) | stage_gate.versions()
     outcomes: list[Outcome] = []
     with (
         running(threads=1 if device.type == "cpu" else None),
@@ -117,7 +118,7 @@ def benchmark(
             "preset": request.preset.name, "dtype": request.preset.dtype, "seed": request.seed,
             "minutes": request.minutes, "stages": list(request.stages),
         },
-        device=stage_gate.device_facts(device) | stage_gate.versions(),
+        device=before,
         after=stage_gate.device_facts(device),
         dry=bench.dry,
         frames_per_chunk=request.preset.frames_per_chunk,

@@ -48,7 +48,7 @@ def device_facts(device: torch.device) -> dict[str, str]:
         return facts | {"clocks and power": "nvidia-smi is not there"}
     try:
         done = subprocess.run(
-            [program, f"--id={device.index or 0}", f"--query-gpu={_QUERY}", _FORMAT],
+            [program, f"--id=GPU-{properties.uuid}", f"--query-gpu={_QUERY}", _FORMAT],
             capture_output=True, text=True, check=True, timeout=_SMI_TIMEOUT_S,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as e:

@@ -11,6 +11,7 @@ from statistics import median
 from echo_ray.benchmark.gate import FIRST_MATURE
 from echo_ray.benchmark.result import Outcome, Table
 from echo_ray.benchmark.rungs import Rung, Setting, attention, climbed, ladder, published, refusal
+from echo_ray.benchmark.stage_gate import device_facts
 from echo_ray.benchmark.subject import Bench
 from echo_ray.benchmark.timing import Spread
 from echo_ray.benchmark.work import Work, work_of
@@ -40,6 +41,10 @@ def run(bench: Bench, out: Outcome) -> None:
         timed.append((rung, blocks, slow_blocks))
         out.samples[rung.name] = blocks
         out.samples[f"baseline beside {rung.name}"] = [ms for b in slow_blocks for ms in b]
+    # While the device is still as warm and as slow as the work made it.
+    facts = out.table("The device right after the ladder", "what", "value")
+    for what, value in device_facts(bench.device).items():
+        facts.add(what=what, value=value)
     noise = _noise([blocks for *_, blocks in timed])
     out.figures["noise_share"] = noise
     _fill(table, timed, noise, work, out)

@@ -31,6 +31,7 @@ from echo_ray.model.memory import MemoryEncoder
 from echo_ray.preset import Preset, TinyVaeShape, load_preset
 from echo_ray.weights.modules import Modules
 
+pytestmark = pytest.mark.timeout(300)
 BUDGET = Path(__file__).with_name("budget.json")
 SLACK = 0.05
 CHUNKS = gate.FIRST_MATURE + 6

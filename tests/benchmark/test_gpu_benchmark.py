@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from echo_ray.benchmark import report, run
+from echo_ray.benchmark import report, run, stage_gate, timing
 from echo_ray.benchmark.goals import GOALS, derived, goals_table
 from echo_ray.benchmark.plan import DRY, STAGES, Budget, check_minutes, chosen
 from echo_ray.benchmark.result import DRY_RUN, NOT_MEASURED, Check, Outcome, Table, shown
@@ -25,8 +26,9 @@ from echo_ray.errors import ConfigError, InvalidRequestError
 from echo_ray.preset import Preset, load_preset
 from echo_ray.session.engine_port import stream_shape
 
+pytestmark = pytest.mark.timeout(300)
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only without CUDA")
-QUICK = replace(DRY, repeats=1, chunks=1, stream_seconds=0.9, streams=(1,))
+QUICK = replace(DRY, gate_chunks=5, repeats=1, chunks=1, stream_seconds=0.9, streams=(1,))
 
 
 class FakeClock:
@@ -251,6 +253,55 @@ def test_a_late_joiner_does_not_wait_for_whole_chunks_of_others() -> None:
     # Its own six slices, and at most one of the other's before each.
     assert first is not None
     assert first <= 0.6 + 0.6 + 1e-6
+
+
+# ---- what only CUDA does, with CUDA played ------------------------------------------------------
+
+
+def test_a_gpu_is_timed_by_its_events_and_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = 0
+
+        def record(self) -> None:
+            self.number = len(told)
+            told.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert told[-1] == "wait"
+            return float(end.number - self.number)
+
+    monkeypatch.setattr(timing, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: told.append("wait"))
+    timer = timing.Timer(torch.device("cuda"))
+    assert timer.samples(lambda: told.append("work"), 2) == [2.0, 2.0]
+    assert told == ["event", "work", "event"] * 2 + ["wait"]
+
+
+def test_clocks_and_power_are_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="H", multi_processor_count=132, total_memory=80 * 2**30, major=9, minor=0, uuid="u-1"
+    )
+    asked: list[list[str]] = []
+
+    def smi(words: list[str], **_: object) -> Any:
+        asked.append(words)
+        return SimpleNamespace(stdout="H, 580.1, 1755 MHz, 2619 MHz, 1980 MHz, 612 W, 700 W, 61\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(stage_gate.shutil, "which", lambda _: "/smi")
+    monkeypatch.setattr(stage_gate.subprocess, "run", smi)
+    facts = stage_gate.device_facts(torch.device("cuda"))
+    assert (facts["clocks.sm"], facts["power.draw"]) == ("1755 MHz", "612 W")
+    assert facts["memory"] == "80.0 GiB"
+    assert asked[0][:2] == ["/smi", "--id=GPU-u-1"]
+    # Nothing but questions: no setting of the device is touched.
+    assert all(word.startswith(("--id=", "--query-gpu=", "--format=")) for word in asked[0][1:])
+    monkeypatch.setattr(stage_gate.shutil, "which", lambda _: None)
+    facts = stage_gate.device_facts(torch.device("cuda"))
+    assert facts["clocks and power"] == "nvidia-smi is not there"
 
 
 # ---- small pieces -------------------------------------------------------------------------------
