@@ -17,6 +17,7 @@ from torch import Tensor
 
 from echo_kernels import fallbacks, frames_to_uint8
 from echo_ray.engine.aside import aside_of
+from echo_ray.engine.decoding import Decoder, Decoders
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
@@ -37,7 +38,6 @@ from echo_ray.errors import (
     SnapshotCorrupt,
     SnapshotForeign,
 )
-from echo_ray.model.codec import CodecState
 from echo_ray.preset import Preset
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_words
 from echo_ray.session.engine_port import StreamShape, stream_shape
@@ -62,7 +62,7 @@ class EchoEngine:
     ) -> None:
         """`text`: where prompts are encoded, if not on `device`. `room`: None for the device's.
 
-        `graphs`: replay forwards as CUDA graphs; without CUDA every forward runs eagerly.
+        `graphs`: replay forwards and decodings as CUDA graphs; without CUDA all run eagerly.
         """
         self._preset = preset
         self._modules = modules
@@ -78,6 +78,10 @@ class EchoEngine:
             modules.codec.rebuild_latents,
             recorder=CudaRecorder() if graphs and device.type == "cuda" else None,
             aside=aside_of(device),
+        )
+        # A recorder of its own: decodings run beside forwards, and recordings of one share memory.
+        self._decoders = Decoders(
+            modules.codec, CudaRecorder() if graphs and device.type == "cuda" else None
         )
         self._prompts = PromptBook(modules.text, prompts_kept)
         self._room = room or room_of(preset, device)
@@ -212,6 +216,7 @@ class EchoEngine:
     def close(self, state: SessionState) -> None:
         """Give back what the state holds; see `Engine.close`."""
         self._generator.close(state.latent)
+        self._decoders.close(state.decoder)
 
     def state_bytes(self, state: SessionState) -> int:
         return state_bytes(state)
@@ -298,7 +303,7 @@ class EchoEngine:
         given: Tensor,
         drift: DriftState,
     ) -> SessionState:
-        decoder = self._modules.codec.initial_state()
+        decoder = self._decoders.start()
         every = self._preset.cache.point_every
         return SessionState(
             seed, prompt, sink_prompt, given, latent, decoder, drift, every, self.fingerprint
@@ -344,20 +349,20 @@ class EchoEngine:
         inputs = [tensor for tensor in (latents, before, after) if tensor is not None]
         with self._lanes.decoding(clean, inputs):
             with stages.timed("decode"):
-                video, state.decoder = self._modules.codec.decode(latents, state.decoder)
+                video = self._decoders.decode(state.decoder, latents)
                 pixels = frames_to_uint8(video[0])
                 numbers = latent_statistics(latents, before, after)
             copy = self._lanes.fetch([pixels, numbers])
         frames, numbers = copy.wait()
         return frames.numpy(), numbers.tolist()
 
-    def _rebuilt_decoder(self, latent: LatentState) -> CodecState:
+    def _rebuilt_decoder(self, latent: LatentState) -> Decoder:
         """The decoder of a loaded state: as many latents are kept as make it the live one's."""
         history = latent.history_BFCHW
         first = latent.next_chunk * self._preset.cache.frames_per_chunk == history.shape[1]
         # Where the live one is made, so that the next decode finds it there.
         with self._lanes.decoding(self._lanes.mark(), [history]):
-            return self._modules.codec.rebuild(history, first)
+            return self._decoders.rebuilt(history, first=first)
 
     def _drift(
         self,

@@ -37,7 +37,9 @@ def numerics_of(
     `failed`: ops whose kernel has failed, so that their truth runs.
     """
     if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device) + (" reference" if check_choice() else "")
+        # Codecs lie channels last there, which rounds differently.
+        kind = f"{torch.cuda.get_device_name(device)} channels_last"
+        kind += " reference" if check_choice() else ""
     else:
         kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {threads}"
     all_of_it = f"{device.type}|{text.type}|{kind}|{torch.__version__}|{np.__version__}"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echo_ray.engine.decoding import Decoder
 from echo_ray.engine.drift import NUMBERS, DriftState
 from echo_ray.engine.generator import LatentState
 from echo_ray.engine.lanes import Lanes, Span
@@ -51,7 +52,7 @@ class SessionState:
     given_BGChw: Tensor
     """Latents of a given clip whose turn is still to come, whole chunks of them."""
     latent: LatentState
-    decoder: dict[str, Tensor]
+    decoder: Decoder
     drift: DriftState
     point_every: int
     fingerprint: str

@@ -34,7 +34,12 @@ class ChannelNorm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution over the current and the last two frames, of the same size in space."""
+    """A convolution over the current and the last two frames, of the same size in space.
+
+    One 3-D convolution reads T + 2 frames to make T. As a 2-D one, with the three taps side by side
+    as channels, it would read 3 T, which somebody has to write first; as three, added up, it would
+    round between the taps.
+    """
 
     def __init__(self, width_in: int, width_out: int, space: int = 3) -> None:
         super().__init__(

@@ -1,0 +1,111 @@
+"""A stream's decoder on one device: a value where it runs eagerly, a place where it is recorded.
+
+A recorded call is bound to its addresses, so each stream decodes in a place of its own: room for
+its past, with the recordings over it. A place is leased at a stream's first decoding, given back
+when the session is closed, and leased again; its past is set when it is leased, in the lane that
+decodes, so that nothing of one session is left to the next.
+
+Shapes: B batch, F latent frames, C channels, h w latents, N pixel frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from echo_ray.engine.graphs import Graphs, Recorder
+from echo_ray.model.codec import Codec, CodecState
+from echo_ray.model.history import BEGUN
+
+PLACES_KEPT: Final = 8
+"""Free places that stay allocated for the next sessions."""
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """The past of one stream at addresses that never change, and the recordings over it."""
+
+    past: CodecState
+    graphs: Graphs
+
+
+@dataclass(slots=True)
+class Decoder:
+    """Where a stream stands: `state`, or once it has a place the past there and `begun`."""
+
+    state: CodecState
+    begun: bool = False
+    place: Place | None = None
+
+
+class Decoders:
+    """All decoding of one engine. Not thread-safe: the engine's thread decodes and gives back."""
+
+    def __init__(self, codec: Codec, recorder: Recorder | None) -> None:
+        """`recorder`: records decodings to be replayed, and nothing else; None: all run eagerly."""
+        self._codec = codec
+        self._recorder = recorder
+        self._free: list[Place] = []
+
+    def start(self) -> Decoder:
+        """The decoder of a new stream."""
+        return Decoder(self._codec.initial_state())
+
+    def rebuilt(self, latents_BFChw: Tensor, *, first: bool) -> Decoder:
+        """The decoder of a loaded stream; see `Codec.rebuild`."""
+        return Decoder(self._codec.rebuild(latents_BFChw, first))
+
+    def decode(self, decoder: Decoder, latents_BFChw: Tensor) -> Tensor:
+        """Frames [B, N, 3, H, W] of the stream's next latents; see `Codec.decode`."""
+        if self._recorder is None:
+            frames, decoder.state = self._codec.decode(latents_BFChw, decoder.state)
+            return frames
+        if decoder.place is None:
+            self._settle(decoder, latents_BFChw[:, 0], self._recorder)
+        place = decoder.place
+        assert place is not None
+        parts = []
+        for latent_BChw in latents_BFChw.unbind(1):
+            # The next replay overwrites what this one made.
+            parts.append(self._recorded(place, latent_BChw, first=not decoder.begun).clone())
+            decoder.begun = True
+        return torch.cat(parts, dim=1)
+
+    def close(self, decoder: Decoder) -> None:
+        """Give the place back; the stream is not decoded any more. Twice does no harm."""
+        place, decoder.place = decoder.place, None
+        if place is not None:
+            place.graphs.inputs.forget()
+            if len(self._free) < PLACES_KEPT:
+                self._free.append(place)
+
+    def _settle(self, decoder: Decoder, latent_BChw: Tensor, recorder: Recorder) -> None:
+        """Lease a place for a stream of such latents, and move its state there."""
+        place = self._free.pop() if self._free else self._new_place(latent_BChw, recorder)
+        for key, past in place.past.items():
+            seen = decoder.state.get(key)
+            if seen is None:
+                past.zero_()
+            else:
+                past.copy_(seen)
+        decoder.begun = bool(decoder.state[BEGUN])
+        decoder.state, decoder.place = {}, place
+
+    def _new_place(self, latent_BChw: Tensor, recorder: Recorder) -> Place:
+        """A place with both its recordings, which leave something behind in it."""
+        place = Place(self._codec.fixed_state(latent_BChw), Graphs(recorder))
+        for first in (True, False):
+            self._recorded(place, torch.zeros_like(latent_BChw), first=first)
+        return place
+
+    def _recorded(self, place: Place, latent_BChw: Tensor, *, first: bool) -> Tensor:
+        frames = place.graphs.run(
+            first,
+            [latent_BChw],
+            lambda parts: self._codec.decode_fixed(parts[0], place.past, first=first),
+        )
+        assert frames is not None
+        return frames
