@@ -35,7 +35,7 @@ class ModelSection:
     precision: str = "exact"
     """One of `PRECISIONS`. What is not `exact` rounds more; named in the fingerprint."""
     graphs: bool = True
-    """Replay forwards and decodings as CUDA graphs; False runs each operation anew, as a CPU always does."""
+    """Replay forwards and decodings as CUDA graphs; False runs each operation anew, as on a CPU."""
 
     def __post_init__(self) -> None:
         require(bool(self.preset), "model.preset", self.preset, "name a preset")

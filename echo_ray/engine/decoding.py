@@ -10,6 +10,7 @@ Shapes: B batch, F latent frames, C channels, h w latents, N pixel frames, H W p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from echo_ray.engine.graphs import Graphs, Recorder
+from echo_ray.engine.lanes import Lanes
 from echo_ray.model.codec import Codec, CodecState
 from echo_ray.model.history import BEGUN
 
-PLACES_KEPT: Final = 8
+PLACES_KEPT: Final = 4
 """Free places that stay allocated for the next sessions."""
 
 
@@ -44,9 +46,10 @@ class Decoder:
 class Decoders:
     """All decoding of one engine. Not thread-safe: the engine's thread decodes and gives back."""
 
-    def __init__(self, codec: Codec, recorder: Recorder | None) -> None:
+    def __init__(self, codec: Codec, lanes: Lanes, recorder: Recorder | None) -> None:
         """`recorder`: records decodings to be replayed, and nothing else; None: all run eagerly."""
         self._codec = codec
+        self._lanes = lanes
         self._recorder = recorder
         self._free: list[Place] = []
 
@@ -54,25 +57,30 @@ class Decoders:
         """The decoder of a new stream."""
         return Decoder(self._codec.initial_state())
 
-    def rebuilt(self, latents_BFChw: Tensor, *, first: bool) -> Decoder:
-        """The decoder of a loaded stream; see `Codec.rebuild`."""
-        return Decoder(self._codec.rebuild(latents_BFChw, first))
+    def rebuilt(self, latents_BFChw: Tensor, made: int) -> Decoder:
+        """The decoder of a loaded stream of `made` latents, from the last of them."""
+        first = latents_BFChw.shape[1] == made
+        # Where the live one is made, so that the next decode finds it there.
+        with self._lanes.decoding(self._lanes.mark(), [latents_BFChw]):
+            if self._recorder is None:
+                return Decoder(self._codec.rebuild(latents_BFChw, first))
+            codec = self._codec
+            decoder = Decoder(codec.initial_state() if first else codec.midstream_state())
+            for _ in self._replayed(decoder, latents_BFChw, self._recorder):
+                pass
+            return decoder
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
 
     def decode(self, decoder: Decoder, latents_BFChw: Tensor) -> Tensor:
         """Frames [B, N, 3, H, W] of the stream's next latents; see `Codec.decode`."""
         if self._recorder is None:
             frames, decoder.state = self._codec.decode(latents_BFChw, decoder.state)
             return frames
-        if decoder.place is None:
-            self._settle(decoder, latents_BFChw[:, 0], self._recorder)
-        place = decoder.place
-        assert place is not None
-        parts = []
-        for latent_BChw in latents_BFChw.unbind(1):
-            # The next replay overwrites what this one made.
-            parts.append(self._recorded(place, latent_BChw, first=not decoder.begun).clone())
-            decoder.begun = True
-        return torch.cat(parts, dim=1)
+        replayed = self._replayed(decoder, latents_BFChw, self._recorder)
+        return torch.cat([frames.clone() for frames in replayed], dim=1)
 
     def close(self, decoder: Decoder) -> None:
         """Give the place back; the stream is not decoded any more. Twice does no harm."""
@@ -82,17 +90,23 @@ class Decoders:
             if len(self._free) < PLACES_KEPT:
                 self._free.append(place)
 
-    def _settle(self, decoder: Decoder, latent_BChw: Tensor, recorder: Recorder) -> None:
-        """Lease a place for a stream of such latents, and move its state there."""
+    def _replayed(
+        self, decoder: Decoder, latents_BFChw: Tensor, recorder: Recorder
+    ) -> Iterator[Tensor]:
+        """The frames of each latent in turn, until the next one overwrites them."""
+        place = decoder.place or self._settle(decoder, latents_BFChw[:, 0], recorder)
+        for latent_BChw in latents_BFChw.unbind(1):
+            yield self._recorded(place, latent_BChw, first=not decoder.begun)
+            decoder.begun = True
+
+    def _settle(self, decoder: Decoder, latent_BChw: Tensor, recorder: Recorder) -> Place:
+        """Lease a place, with a past of zeros, to a stream of which nothing was decoded here."""
         place = self._free.pop() if self._free else self._new_place(latent_BChw, recorder)
-        for key, past in place.past.items():
-            seen = decoder.state.get(key)
-            if seen is None:
-                past.zero_()
-            else:
-                past.copy_(seen)
+        for past in place.past.values():
+            past.zero_()
         decoder.begun = bool(decoder.state[BEGUN])
         decoder.state, decoder.place = {}, place
+        return place
 
     def _new_place(self, latent_BChw: Tensor, recorder: Recorder) -> Place:
         """A place with both its recordings, which leave something behind in it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from echo_kernels import fallbacks, frames_to_uint8
 from echo_ray.engine.aside import aside_of
-from echo_ray.engine.decoding import Decoder, Decoders
+from echo_ray.engine.decoding import Decoders
 from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
@@ -70,19 +70,18 @@ class EchoEngine:
         self._threads = threads
         self._lanes = lanes_of(device)
         self._shape = stream_shape(preset)
+        records = graphs and device.type == "cuda"
         self._generator = Generator(
             modules.dit,
             modules.memory,
             preset.cache,
             preset.sampler,
             modules.codec.rebuild_latents,
-            recorder=CudaRecorder() if graphs and device.type == "cuda" else None,
+            recorder=CudaRecorder() if records else None,
             aside=aside_of(device),
         )
         # A recorder of its own: decodings run beside forwards, and recordings of one share memory.
-        self._decoders = Decoders(
-            modules.codec, CudaRecorder() if graphs and device.type == "cuda" else None
-        )
+        self._decoders = Decoders(modules.codec, self._lanes, CudaRecorder() if records else None)
         self._prompts = PromptBook(modules.text, prompts_kept)
         self._room = room or room_of(preset, device)
         identity, how = model_identity(preset, modules), (device, text or device, threads)
@@ -113,7 +112,7 @@ class EchoEngine:
             raise InvalidRequestError(
                 f"seed {seed} is not from 0 to {SEED_LIMIT - 1}", param="seed"
             )
-        with self._running(), self._room.taken(has_window=self._generator.arenas.free > 0):
+        with self._running(), self._room.taken(self._left()):
             written = self._look_up(prompt)
             given = self._encoded(first_frames)
             latent = self._generator.start(self._embed(written))
@@ -200,7 +199,7 @@ class EchoEngine:
         if ours != theirs:
             raise SnapshotForeign(f"snapshot is of model {theirs!r}; this engine runs {ours!r}")
         compact = unpack(snapshot, with_memory=self._modules.memory is not None)
-        with self._running(), self._room.taken(has_window=self._generator.arenas.free > 0):
+        with self._running(), self._room.taken(self._left()):
             latent = self._latent(compact)
             given = self._given(compact)
             state = self._state(
@@ -210,8 +209,14 @@ class EchoEngine:
                 raise SnapshotCorrupt(f"snapshot of chunk {state.next_index} is not at a point")
             if state.next_index:
                 self._generator.rebuild(latent)
-                state.decoder = self._rebuilt_decoder(latent)
+                made = state.next_index * self._preset.cache.frames_per_chunk
+                state.decoder = self._decoders.rebuilt(latent.history_BFCHW, made)
         return state
+
+    def _left(self) -> list[str]:
+        """Parts of a session that others have left and that wait for the next."""
+        free = {"window": self._generator.arenas.free, "decoder": self._decoders.free}
+        return [name for name, count in free.items() if count]
 
     def close(self, state: SessionState) -> None:
         """Give back what the state holds; see `Engine.close`."""
@@ -355,14 +360,6 @@ class EchoEngine:
             copy = self._lanes.fetch([pixels, numbers])
         frames, numbers = copy.wait()
         return frames.numpy(), numbers.tolist()
-
-    def _rebuilt_decoder(self, latent: LatentState) -> Decoder:
-        """The decoder of a loaded state: as many latents are kept as make it the live one's."""
-        history = latent.history_BFCHW
-        first = latent.next_chunk * self._preset.cache.frames_per_chunk == history.shape[1]
-        # Where the live one is made, so that the next decode finds it there.
-        with self._lanes.decoding(self._lanes.mark(), [history]):
-            return self._decoders.rebuilt(history, first=first)
 
     def _drift(
         self,

@@ -5,7 +5,7 @@ Shapes: Y layers, F frames, T tokens per frame, P text tokens, C width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 
@@ -38,30 +38,30 @@ class Room:
         """Bytes of a session, by what they are for; counted from the preset's shapes."""
         return session_parts(self._preset)
 
-    def check(self, *, has_window: bool = False) -> None:
+    def check(self, left: Collection[str] = ()) -> None:
         """Raise `DeviceFull` unless one more session fits.
 
-        `has_window`: one that was left by another session waits for it.
+        `left`: parts that another session left and that wait for it.
         """
         if self._free is None:
             return
-        missing, free = self._missing(has_window=has_window), self._free()
+        missing, free = self._missing(left), self._free()
         if sum(missing.values()) > free:
             raise self._full(missing, f"{free:,} are free")
 
     @contextmanager
-    def taken(self, *, has_window: bool = False) -> Iterator[None]:
+    def taken(self, left: Collection[str] = ()) -> Iterator[None]:
         """Check, then let a session be made. Memory that runs out nevertheless is a `DeviceFull`,
         too: what is free may lie in pieces."""
-        self.check(has_window=has_window)
+        self.check(left)
         try:
             yield
         except torch.OutOfMemoryError as e:
-            missing = self._missing(has_window=has_window)
+            missing = self._missing(left)
             raise self._full(missing, f"no room in one piece: {e}") from e
 
-    def _missing(self, *, has_window: bool) -> dict[str, int]:
-        return {n: size for n, size in self.parts.items() if not (has_window and n == "window")}
+    def _missing(self, left: Collection[str]) -> dict[str, int]:
+        return {name: size for name, size in self.parts.items() if name not in left}
 
     def _full(self, missing: Mapping[str, int], why: str) -> DeviceFull:
         told = ", ".join(f"{name} {size:,}" for name, size in missing.items())

@@ -18,7 +18,7 @@ CODECS = ("group", "tiny", "wan")
 
 def recorded_engine(codec: str) -> tuple[EchoEngine, CheckedRecorder]:
     engine, recorder = small_engine((1000,), codec, point_every=2), CheckedRecorder()
-    engine._decoders = Decoders(engine._modules.codec, recorder)
+    engine._decoders = Decoders(engine._modules.codec, engine._lanes, recorder)
     return engine, recorder
 
 
@@ -72,8 +72,10 @@ def test_nothing_of_a_session_is_left_to_the_next(codec: str) -> None:
     state = engine.open("a red ball", 1)
     played(engine, state, 1)
     place = place_of(state)
+    assert "decoder" not in engine._left()
     engine.close(state)
     engine.close(state)
+    assert engine._left() == ["window", "decoder"]
     with torch.inference_mode():
         for key, past in place.past.items():
             if key != "begun":
@@ -102,4 +104,4 @@ def test_so_many_free_places_are_kept() -> None:
     states = [_opened(engine) for _ in range(PLACES_KEPT + 1)]
     for state in states:
         engine.close(state)
-    assert len(engine._decoders._free) == PLACES_KEPT
+    assert engine._decoders.free == PLACES_KEPT
