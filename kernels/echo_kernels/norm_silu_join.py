@@ -100,7 +100,7 @@ def norm_silu_join_kernel(
     for t in range(FRAMES):
         frame = x + (batch * FRAMES + t) * size + at
         wide = tl.load(frame, mask=real, other=0.0).to(tl.float32)
-        length = tl.sqrt_rn(tl.sum(wide * wide, axis=1)).to(kind).to(tl.float32)
+        length = tl.sqrt_rn(tl.sum(wide * wide, axis=1))
         length = tl.maximum(length, 1e-12).to(kind).to(tl.float32)
         unit = (wide / length[:, None]).to(kind).to(tl.float32)
         unit = (unit * root).to(kind).to(tl.float32)
