@@ -11,7 +11,7 @@ import torch
 from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
-from echo_ray.engine.room import GIB, decoder_numbers, window_numbers
+from echo_ray.engine.room import GIB, session_parts
 from echo_ray.engine.rounding import compile_kernels
 from echo_ray.errors import ConfigError, DeviceMissing, MemoryShort
 from echo_ray.model.backends import Attention, Machine, choose, choose8
@@ -131,7 +131,7 @@ def _device(key: str, name: str) -> torch.device:
 
 
 def needed_bytes(preset: Preset, *, with_text: bool) -> int:
-    """What the weights take in memory, and one session's window and decoder state."""
+    """What the weights take in memory, and one session as it is counted at admission."""
     with torch.device("meta"):
         parts = build_parts(preset)
     numbers = sum(
@@ -140,8 +140,7 @@ def needed_bytes(preset: Preset, *, with_text: bool) -> int:
         for p in module.parameters()
         if with_text or name != "text"
     )
-    numbers += window_numbers(preset) + decoder_numbers(preset)[0]
-    return numbers * DTYPES[preset.dtype].itemsize
+    return numbers * DTYPES[preset.dtype].itemsize + sum(session_parts(preset).values())
 
 
 def check_room(preset: Preset, device: torch.device, text_device: torch.device) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,12 +27,18 @@ PLACES_KEPT: Final = 4
 """Free places that stay allocated for the next sessions."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Place:
     """The past of one stream at addresses that never change, and the recordings over it."""
 
     past: CodecState
     graphs: Graphs
+
+    @property
+    def size_bytes(self) -> int:
+        """Everything that stays allocated; what a recording keeps for itself the device counts."""
+        tensors = [*self.past.values(), *self.graphs.inputs.tensors()]
+        return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 @dataclass(slots=True)
@@ -52,6 +59,7 @@ class Decoders:
         self._lanes = lanes
         self._recorder = recorder
         self._free: list[Place] = []
+        self._all: WeakSet[Place] = WeakSet()
 
     def start(self) -> Decoder:
         """The decoder of a new stream."""
@@ -73,6 +81,11 @@ class Decoders:
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def size_bytes(self) -> int:
+        """What all places take, leased ones too; what is decoded eagerly has none."""
+        return sum(place.size_bytes for place in self._all)
 
     def decode(self, decoder: Decoder, latents_BFChw: Tensor) -> Tensor:
         """Frames [B, N, 3, H, W] of the stream's next latents; see `Codec.decode`."""
@@ -111,6 +124,7 @@ class Decoders:
     def _new_place(self, latent_BChw: Tensor, recorder: Recorder) -> Place:
         """A place with both its recordings, which leave something behind in it."""
         place = Place(self._codec.fixed_state(latent_BChw), Graphs(recorder))
+        self._all.add(place)
         for first in (True, False):
             self._recorded(place, torch.zeros_like(latent_BChw), first=first)
         return place

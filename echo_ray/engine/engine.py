@@ -227,8 +227,8 @@ class EchoEngine:
         return state_bytes(state)
 
     def memory(self) -> Mapping[str, int]:
-        """`footprint.device_memory`, and of it `arenas`: windows, leased or free."""
-        return device_memory(self._device) | {"arenas": self._generator.arenas.size_bytes}
+        """`footprint.device_memory`; `arenas` and `decoders` are leased ones and free ones."""
+        return device_memory(self._device, arenas=self._generator.arenas, decoders=self._decoders)
 
     def _latent(self, compact: CompactState) -> LatentState:
         """A stream at the compact state, its window still empty; geometry is checked here."""

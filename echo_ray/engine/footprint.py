@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
 from echo_ray.engine.cache import Window
+
+
+class Kept(Protocol):
+    """What stays allocated from one session to the next."""
+
+    @property
+    def size_bytes(self) -> int: ...
 
 
 def state_bytes(state: Any) -> int:
@@ -33,11 +40,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors([getattr(value, f.name) for f in fields(value)])
 
 
-def device_memory(device: torch.device) -> dict[str, int]:
-    """Bytes by kind: `allocated`, `reserved` and `peak` on a GPU, `resident` on a CPU."""
+def device_memory(device: torch.device, **kept: Kept) -> dict[str, int]:
+    """Bytes by kind: `allocated`, `reserved` and `peak` on a GPU, `resident` on a CPU; of them
+    those that are `kept`, by name."""
+    own = {name: part.size_bytes for name, part in kept.items()}
     if device.type != "cuda":
-        return {"resident": psutil.Process().memory_info().rss}
-    return {
+        return {"resident": psutil.Process().memory_info().rss} | own
+    return own | {
         "allocated": torch.cuda.memory_allocated(device),
         "reserved": torch.cuda.memory_reserved(device),
         "peak": torch.cuda.max_memory_allocated(device),

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 import torch
 from torch import nn
 
+from echo_ray.engine.live_bytes import LiveBytes
 from echo_ray.errors import DeviceFull, EngineError
 from echo_ray.model.codec import Codec
 from echo_ray.preset import Preset
@@ -19,9 +20,6 @@ from echo_ray.weights.parts import DTYPES, build_parts, codec_part
 
 GIB = 2**30
 RETRY_AFTER_S = 5.0
-LIVE_PICTURES = 4
-"""Results of the decoder's largest layer that are held at once: a residual branch beside its way
-round, input and output."""
 
 
 class Room:
@@ -86,7 +84,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def session_parts(preset: Preset) -> dict[str, int]:
-    """Bytes of one session: what it keeps, and what a forward or a decoding holds meanwhile."""
+    """Bytes of one session: what it keeps, and what its forwards and its decodings hold meanwhile.
+
+    Both at once: they run in lanes of their own, beside each other.
+    """
     dit, cache, size = preset.dit, preset.cache, DTYPES[preset.dtype].itemsize
     memory = 3 * cache.memory_frames * dit.tokens_per_frame * dit.dim
     # The prompt that stands, and the sink's.
@@ -95,44 +96,44 @@ def session_parts(preset: Preset) -> dict[str, int]:
     # values or the feed-forward's two widths.
     tokens = cache.window_frames * dit.tokens_per_frame
     forward = tokens * (3 * dit.dim + max(3 * dit.dim, 2 * dit.ffn_dim))
-    state, largest = decoder_numbers(preset)
-    numbers = {
-        "window": window_numbers(preset),
-        "memory": memory,
-        "prompts": prompts,
-        "decoder": state,
-        "workspace": max(forward, LIVE_PICTURES * largest),
+    state_bytes, decoding_bytes = decoder_bytes(preset)
+    return {
+        "window": size * _window_numbers(preset),
+        "memory": size * memory,
+        "prompts": size * prompts,
+        "decoder": state_bytes,
+        "forward": size * forward,
+        "decoding": decoding_bytes,
     }
-    return {name: count * size for name, count in numbers.items()}
 
 
-def window_numbers(preset: Preset) -> int:
+def _window_numbers(preset: Preset) -> int:
     """Un-rotated keys, and rotated keys and values beside those of the memory."""
     dit, cache = preset.dit, preset.cache
     frames = 3 * cache.window_frames + 2 * cache.memory_frames
     return dit.num_layers * frames * dit.tokens_per_frame * dit.dim
 
 
-def decoder_numbers(preset: Preset) -> tuple[int, int]:
-    """What the decoder keeps from the second latent on, and the largest of its layers' results.
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def decoder_bytes(preset: Preset) -> tuple[int, int]:
+    """What a decoder keeps from the second latent on, and the most that a chunk's decoding holds.
 
-    Nothing is computed for it.
+    The second is a latent's scratch, with past and new frames in one piece before each convolution,
+    and the chunk's frames, once by latent and once together. Ops count as their plain forms, which
+    hold more than kernels do. Nothing is computed.
     """
     with torch.device("meta"):
         codec = build_parts(preset)[codec_part(preset.codec)]
     if not isinstance(codec, Codec) or not isinstance(codec, nn.Module):
         raise EngineError(f"preset {preset.name} has no codec")
-    largest = 0
-
-    def note(module: nn.Module, given: object, result: object) -> None:
-        nonlocal largest
-        if isinstance(result, torch.Tensor):
-            largest = max(largest, result.numel())
-
-    dit = preset.dit
-    shape = (1, 2, dit.in_channels, dit.latent_height, dit.latent_width)
-    hooks = [module.register_forward_hook(note) for module in codec.modules()]
-    _, state = codec.decode(torch.zeros(shape, device="meta"), codec.initial_state())
-    for hook in hooks:
-        hook.remove()
-    return sum(tensor.numel() for tensor in state.values()), largest
+    dit, dtype = preset.dit, DTYPES[preset.dtype]
+    codec.to(dtype)
+    size = (1, dit.in_channels, dit.latent_height, dit.latent_width)
+    latent = torch.zeros(size, device="meta", dtype=dtype)
+    state = codec.fixed_state(latent)
+    with LiveBytes() as counted:
+        frames = codec.decode_fixed(latent, state, first=False)
+    return sum(t.nbytes for t in state.values()), (
+        counted.peak + 2 * preset.cache.frames_per_chunk * frames.nbytes
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -97,6 +98,24 @@ def test_a_place_is_part_of_a_state_s_size() -> None:
     engine, _ = recorded_engine("wan")
     state, plain = _opened(engine), small_engine((1000,), "wan", point_every=2)
     assert engine.state_bytes(state) == plain.state_bytes(_opened(plain))
+
+
+def test_places_are_counted_leased_or_free() -> None:
+    """Beside the windows, and under their own name; what is dropped counts no more."""
+    engine, _ = recorded_engine("wan")
+    assert engine.memory()["decoders"] == 0
+    states = [_opened(engine) for _ in range(PLACES_KEPT + 1)]
+    kept = sum(past.nbytes for past in place_of(states[0]).past.values())
+    latent = states[0].latent.sink_BFCHW[:, 0].nbytes
+    place = place_of(states[0]).size_bytes
+    assert place == kept + latent
+    assert engine.memory()["decoders"] == len(states) * place
+    for state in states:
+        engine.close(state)
+    del states, state
+    gc.collect()
+    assert engine.memory()["decoders"] == PLACES_KEPT * place
+    assert engine.memory()["arenas"] > 0
 
 
 def test_so_many_free_places_are_kept() -> None:

@@ -14,6 +14,7 @@ from small import small_engine, small_preset
 from echo_ray.config import ModelSection
 from echo_ray.engine.build import build_engine, check_room, needed_bytes
 from echo_ray.engine.fingerprint import numerics_of
+from echo_ray.engine.room import session_parts
 from echo_ray.errors import (
     ConfigError,
     DeviceMissing,
@@ -203,10 +204,13 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read() -> None:
     preset = load_preset("echo-infinity-1.3b")
     alone = needed_bytes(preset, with_text=False)
     weights = 1_418_996_800 + 68_570_112 + 126_892_531 + 11_315_539
-    window = 30 * (3 * 12 + 2 * 3) * 1560 * 1536
-    assert alone == 2 * (weights + window) + WAN_DECODER_BYTES + 2
-    small = needed_bytes(with_codec(preset, "tiny"), with_text=False)
-    assert alone - small == WAN_DECODER_BYTES - TAEHV_DECODER_BYTES + 2 * 126_892_531
+    # A session at start-up is what admission counts.
+    session, tiny = session_parts(preset), with_codec(preset, "tiny")
+    assert session["decoder"] == WAN_DECODER_BYTES + 1
+    assert session_parts(tiny)["decoder"] == TAEHV_DECODER_BYTES + 1
+    assert alone == 2 * weights + sum(session.values())
+    small = 2 * (weights - 126_892_531) + sum(session_parts(tiny).values())
+    assert needed_bytes(tiny, with_text=False) == small
     assert needed_bytes(preset, with_text=True) - alone == 2 * 5_680_910_336
     with pytest.raises(MemoryShort, match=r"GiB on cpu.*free"):
         check_room(replace(preset, dit=replace(preset.dit, num_layers=300)), cpu, cpu)
