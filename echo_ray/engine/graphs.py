@@ -10,7 +10,8 @@ refuses what a graph could not replay.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -59,7 +60,12 @@ class CudaGraph:
 
 class CudaRecorder:
     """Captures CUDA graphs. All share one memory pool: they run one after the other, on one stream,
-    and each result is kept and used up before the next replay."""
+    and each result is kept and used up before the next replay.
+
+    Workspaces of cuBLAS lie in that pool, too. Left to itself PyTorch has one for all graphs of the
+    process: those of another recorder would write to it at the same time, and the end of any graph
+    would free it under all others (PyTorch issue 193402).
+    """
 
     def __init__(self) -> None:
         self.failures = 0
@@ -71,7 +77,11 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may copy snapshots meanwhile: only this one's calls are part of it.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                _stream_kept(),
+                _workspaces_apart(),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 kept = work()
         except RuntimeError as e:  # out of memory is one
             if not self.failures:
@@ -79,6 +89,26 @@ class CudaRecorder:
             self.failures += 1
             return result, Eager()
         return result, CudaGraph(graph, kept)
+
+
+@contextmanager
+def _stream_kept() -> Iterator[None]:
+    """The current stream is the same after it: a capture that fails at its end stays on its own."""
+    before = torch.cuda.current_stream()
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
+
+
+@contextmanager
+def _workspaces_apart() -> Iterator[None]:
+    """A capture makes workspaces of its own, which nobody finds after it."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class Inputs:

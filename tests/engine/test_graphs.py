@@ -208,17 +208,29 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.said: list[str] = []
         self.refuses = False
+        self.stream = "main"
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
         monkeypatch.setattr(torch.cuda, "graph", self._capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(
+            torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream)
+        )
+        monkeypatch.setattr(
+            torch._C, "_cuda_clearCublasWorkspaces", lambda: self.said.append("clear"),
+            raising=False,
+        )  # fmt: skip
 
     @contextmanager
     def _capture(self, graph: object, pool: str, capture_error_mode: str) -> Iterator[None]:
         assert (graph, pool) == (self, "pool")
         self.said.append(f"capture {capture_error_mode}")
+        self.stream = "capture"
         if self.refuses:
+            # As PyTorch does where the end of a capture fails: its stream stays the current one.
             raise torch.OutOfMemoryError("no room for a graph")
         yield
+        self.stream = "main"
         self.said.append("captured")
 
     def replay(self) -> None:
@@ -235,7 +247,8 @@ def test_a_capture_follows_an_eager_run_and_is_replayed(monkeypatch: pytest.Monk
 
     x = torch.ones(2)
     first = graphs.run("key", [x], work)
-    assert fake.said == ["work", "capture thread_local", "work", "captured"]
+    # Workspaces of products are neither taken over from anybody nor left to anybody.
+    assert fake.said == ["work", "clear", "capture thread_local", "work", "captured", "clear"]
     fake.said.clear()
     second, third = (graphs.run("key", [n * x], work) for n in (2, 3))
     assert fake.said == ["replay", "replay"]
@@ -259,6 +272,8 @@ def test_a_failed_capture_runs_eagerly_is_said_once_and_counted(
                 assert found is not None
                 assert found.tolist() == [2 * n]
     assert "replay" not in fake.said
+    assert fake.said.count("clear") == 4
+    assert fake.stream == "main"
     assert recorder.failures == 2
     assert [r.message for r in caplog.records if "could not be captured" in r.message] == [
         "a CUDA graph could not be captured, its forward runs eagerly: no room for a graph"

@@ -261,6 +261,19 @@ def test_nothing_is_imported_unless_it_is_chosen(
     assert touched == ["flash_attn_interface"]
 
 
+def test_an_older_fa3_gives_more_than_the_result(
+    install: Callable[[str], Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = install("flash_attn_interface")
+    whole = library.flash_attn_func
+    monkeypatch.setattr(library, "flash_attn_func", lambda *a, **s: (whole(*a, **s), torch.ones(1)))
+    found = backends.choose8("fa3", H100, BF16, 8)
+    assert found.attend8 is not None
+    assert torch.equal(found.attend(*qkv()), attention(*qkv()))
+    scales = Scales(*(torch.ones(3) for _ in range(3)))
+    assert torch.equal(found.attend8(*qkv(), scales, torch.float32), attention(*qkv()))
+
+
 def test_fa3_is_given_8_bits_with_a_scale_for_each_head(install: Callable[[str], Library]) -> None:
     library = install("flash_attn_interface")
     found = backends.choose8("auto", H100, BF16, 8)
