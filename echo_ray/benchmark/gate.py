@@ -57,19 +57,21 @@ def compare(
     noise: Noise,
     chunks: int,
     share: float | None = None,
+    switches: Sequence[int] | None = None,
 ) -> Iterator[Compared]:
     """Every compared number of `chunks` chunks from scratch.
 
     `share`: what a whole tensor may differ by, where that is not for its kind of float to say.
-
-    With a second prompt, it is switched to in the middle of the mature phase.
+    `switches`: the chunks before which each further prompt is switched to, a chunk twice if two
+    come at once; None: the middle of the mature phase.
     """
     ours, theirs = generator.start(prompts[0]), baseline.start(prompts[0])
-    switch_at = FIRST_MATURE + (chunks - FIRST_MATURE) // 2
+    middle = FIRST_MATURE + (chunks - FIRST_MATURE) // 2
+    at = [middle] * (len(prompts) - 1) if switches is None else switches
     for chunk in range(chunks):
-        if len(prompts) > 1 and chunk == switch_at:
-            generator.switch(ours, prompts[1])
-            baseline.switch(theirs, prompts[1])
+        for _, prompt in (pair for pair in zip(at, prompts[1:], strict=True) if pair[0] == chunk):
+            generator.switch(ours, prompt)
+            baseline.switch(theirs, prompt)
         clean = generator.denoise(ours, noise)
         expected = baseline.generate(theirs, noise)
         generator.absorb(ours, expected)

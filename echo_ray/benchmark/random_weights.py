@@ -18,7 +18,7 @@ from echo_ray.model.codec import Codec
 from echo_ray.model.dit import DiT
 from echo_ray.model.memory import MemoryEncoder
 from echo_ray.preset import CodecShape, DiTShape, Preset
-from echo_ray.weights.modules import Modules
+from echo_ray.weights.modules import Modules, lay_out
 from echo_ray.weights.parts import DTYPES, build_codec
 
 PROMPT_ROWS = 60
@@ -62,6 +62,7 @@ def random_modules(preset: Preset, device: torch.device, seed: int) -> Modules:
         drawn(memory, device, dtype, seed + 1)
     assert isinstance(dit, DiT)
     codec = random_codec(preset.codec, preset.dit, device, dtype, seed + 2)
+    lay_out(codec, device)
     text = RandomPrompts(preset.dit, device, dtype)
     return Modules(dit, memory, text, codec, f"random-{seed}-{device.type}")
 
@@ -69,6 +70,7 @@ def random_modules(preset: Preset, device: torch.device, seed: int) -> Modules:
 def random_codec(
     shape: CodecShape, dit: DiTShape, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Codec:
+    """As it is published: no layout is chosen for the device."""
     with torch.device("meta"):
         codec = build_codec(shape, dit)
     drawn(codec, device, dtype, seed)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echo_ray.benchmark.goals import derived, goals_table
+from echo_ray.benchmark.goals import derived, goals_table, verdict
 from echo_ray.benchmark.result import DRY_RUN, Outcome, Table
 from echo_ray.errors import InvalidRequestError
 
@@ -62,8 +62,10 @@ def lines(run: Run) -> Iterator[str]:
         if outcome.status == "skipped":
             yield f"\nstage {outcome.stage} skipped: {outcome.reason}"
     yield ""
-    yield "Goals on one H100"
-    yield from _aligned(goals_table(run.figures, dry=run.dry))
+    goals = goals_table(as_json(run))
+    yield goals.title
+    yield from _aligned(goals)
+    yield verdict(goals)
     if run.dry:
         yield DRY_RUN
 
@@ -114,15 +116,20 @@ def as_page(run: Run) -> str:
     parts += [f"- {line}" for outcome in run.outcomes for line in _checks(outcome)]
     if run.red:
         return "\n".join([*parts, "", f"**{RED}.**", ""])
-    tables = [goals_table(run.figures, dry=run.dry)]
-    tables += [table for outcome in run.outcomes for table in outcome.tables]
-    for table in tables:
+    parts += ["", *goals_page(as_json(run))]
+    for table in (table for outcome in run.outcomes for table in outcome.tables):
         parts += ["", f"## {table.title}", "", *_markdown(table)]
     left_out = [f"- {o.stage}: {o.reason}" for o in run.outcomes if o.status == "skipped"]
     left_out += [f"- {o.stage}: {reason}" for o in run.outcomes for reason in o.skipped]
     if left_out:
         parts += ["", "## Left out", "", *left_out]
     return "\n".join([*parts, ""])
+
+
+def goals_page(data: Mapping[str, Any]) -> list[str]:
+    """The goals' part of a page, from a run's JSON; of none, that nothing was measured."""
+    goals = goals_table(data)
+    return [f"**{verdict(goals)}.**", "", f"## {goals.title}", "", *_markdown(goals)]
 
 
 def _markdown(table: Table) -> Iterator[str]:

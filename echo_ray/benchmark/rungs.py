@@ -17,6 +17,7 @@ from echo_kernels.dispatch import VARIABLE
 from echo_ray.benchmark.random_weights import random_modules
 from echo_ray.benchmark.subject import Bench, unconsolidated
 from echo_ray.config import ModelSection
+from echo_ray.engine.aside import HostAside, aside_of
 from echo_ray.engine.build import Plan, computing_of
 from echo_ray.engine.generator import Generator
 from echo_ray.engine.graph_check import CheckedRecorder
@@ -31,6 +32,18 @@ PUBLISHED = "flash"
 """The attention that the published loop's library is closest to, where it can be had."""
 
 
+ALWAYS_ON = {
+    "context pass ends at the last layer's keys and values": "the pass has no other form; what "
+    "follows them would be computed and thrown away",
+    "modulations and text projections are computed once": "they are values that every forward "
+    "takes, kept by timestep and by prompt",
+    "rotated keys stay rotated; slots move once a chunk": "the window has no other layout; R0 has "
+    "the other one",
+    "noise and indices come without a wait": "the host computes both and reads nothing",
+}
+"""What the engine does that no switch turns off, so that no rung tells what it gains, and why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """The engine's switches."""
@@ -38,6 +51,8 @@ class Setting:
     attention: str
     kernels: bool = False
     graphs: bool = False
+    beside: bool = False
+    """The memory is updated beside a chunk's first forward."""
     precision: str = Precision.EXACT.value
 
 
@@ -56,7 +71,10 @@ class Rung:
 
 
 def ladder(bench: Bench) -> list[Rung]:
-    """Lowest first; each changes one switch of the one before it that can be taken."""
+    """Lowest first; each changes one switch of the one before it that can be taken.
+
+    Where a chunk is decoded, the one switch that forwards do not show, is `lane_rung`'s.
+    """
     setting = Setting(attention=published(bench))
     rungs = [Rung(f"slots that stay, attention {setting.attention}", setting)]
 
@@ -67,11 +85,13 @@ def ladder(bench: Bench) -> list[Rung]:
         if not missing:
             setting = after
 
-    for name in ("cudnn", "fa3"):
+    for name in ("fa2", "cudnn", "fa3"):
         climb(f"attention {name}", replace(setting, attention=name))
     climb("kernels", replace(setting, kernels=True), "needs CUDA" if bench.dry else "")
     climb("graphs, their discipline checked" if bench.dry else "graphs",
           replace(setting, graphs=True))  # fmt: skip
+    climb("memory updated beside the first forward", replace(setting, beside=True),
+          "needs CUDA, a CPU has one lane" if bench.dry else "")  # fmt: skip
     for precision in (Precision.FP8, Precision.FP8_ATTENTION8):
         # 8 bits choose their own attention: few libraries have one.
         own = "auto" if precision is Precision.FP8_ATTENTION8 else setting.attention
@@ -89,6 +109,15 @@ def published(bench: Bench) -> str:
 def best_exact(bench: Bench) -> Rung:
     """With every switch that changes no more than roundings."""
     return [rung for rung in ladder(bench) if rung.exact and not rung.missing][-1]
+
+
+def best_seen(bench: Bench) -> Rung:
+    """As `best_exact`; in a dry run eager, for a check of what a graph would refuse is slow, and
+    hides what it checks."""
+    rung = best_exact(bench)
+    if not bench.dry:
+        return rung
+    return replace(rung, setting=replace(rung.setting, graphs=False))
 
 
 def plan_of(bench: Bench, setting: Setting) -> Plan:
@@ -142,6 +171,7 @@ def climbed(bench: Bench, rung: Rung) -> Iterator[Generator]:
         yield Generator(
             modules.dit, modules.memory, cache, bench.preset.sampler,
             recorder=recorder, arenas_kept=0,
+            aside=aside_of(bench.device) if rung.setting.beside else HostAside(),
         )  # fmt: skip
     del modules, recorder
     free(bench)

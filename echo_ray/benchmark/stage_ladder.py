@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
+from echo_ray.benchmark import lane_rung
 from echo_ray.benchmark.gate import FIRST_MATURE
 from echo_ray.benchmark.result import Outcome, Table
-from echo_ray.benchmark.rungs import Rung, Setting, attention, climbed, ladder, published, refusal
+from echo_ray.benchmark.rungs import (
+    ALWAYS_ON,
+    Rung,
+    Setting,
+    attention,
+    climbed,
+    ladder,
+    published,
+    refusal,
+)
 from echo_ray.benchmark.stage_gate import device_facts
 from echo_ray.benchmark.subject import Bench
 from echo_ray.benchmark.timing import Spread
@@ -51,6 +61,10 @@ def run(bench: Bench, out: Outcome) -> None:
     better = [n for n in ("fa3", "cudnn") if not refusal(bench, Setting(attention=n))]
     if better:
         _baseline_with(bench, better[0], table, out, work)
+    fixed = out.table("Always on", "what", "why no rung tells its gain")
+    for what, why in ALWAYS_ON.items():
+        fixed.add({"what": what, "why no rung tells its gain": why})
+    lane_rung.run(bench, out)
     out.figures["baseline_ms"] = median(ms for *_, b in timed for part in b for ms in part)
 
 

@@ -10,19 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo_kernels import (
-    Slots,
-    chunk_advance,
-    frames_to_uint8,
-    layernorm_modulate,
-    memory_gate_blend,
-    place_memory,
-    qk_norm_rope_write,
-    residual_layernorm,
-    residual_modulate,
-    rms_norm,
-)
+from echo_kernels import chunk_advance, place_memory
 from echo_ray.benchmark.baseline_maths import Turns
+from echo_ray.benchmark.ops import EIGHT_BITS, calls, drawn
 from echo_ray.benchmark.result import Outcome, Table
 from echo_ray.benchmark.rungs import Setting, attention, refusal
 from echo_ray.benchmark.subject import Bench
@@ -176,59 +166,27 @@ def _kernels(bench: Bench, out: Outcome) -> None:
     table = out.table(
         "Kernels", "op", "plain ms", "kernel ms", "kernel GB/s", "plain error", "kernel error"
     )
-    exact_ops = ops_of(bench, torch.float64)
-    for name, (op, args) in ops_of(bench, bench.dtype).items():
-        exact = _last(op.truth(*exact_ops[name][1]))
+    exact_calls, no_fp8 = calls(bench, torch.float64), _no_fp8(bench)
+    for name, call in calls(bench, bench.dtype).items():
+        exact = exact_calls[name].result(exact_calls[name].op.truth(*exact_calls[name].args))
         row: dict[str, Any] = {
             "op": name,
-            "plain ms": _time(bench, out, f"{name}, plain", partial(op.truth, *args)),
-            "plain error": _error(_last(op.truth(*args)), exact),
+            "plain ms": _time(bench, out, f"{name}, plain", partial(call.op.truth, *call.args)),
+            "plain error": _error(call.result(call.op.truth(*call.args)), exact),
         }
-        if bench.device.type == "cuda":
-            made = _last(op.kernel(*args))
-            size = sum(t.numel() * t.element_size() for t in (*args, made) if isinstance(t, Tensor))
-            ms = _time(bench, out, f"{name}, kernel", partial(op.kernel, *args))
+        if bench.device.type == "cuda" and name in EIGHT_BITS and no_fp8:
+            out.skipped.append(f"kernel {name}: {no_fp8}")
+        elif bench.device.type == "cuda":
+            made = call.op.kernel(*call.args)
+            error = _error(call.result(made), exact)
+            ms = _time(bench, out, f"{name}, kernel", partial(call.op.kernel, *call.args))
             row |= {
-                "kernel ms": ms, "kernel GB/s": size / ms / 1e6,
-                "kernel error": _error(made, exact),
+                "kernel ms": ms, "kernel GB/s": call.size_bytes(made) / ms / 1e6,
+                "kernel error": error,
             }  # fmt: skip
         table.add(row)
     if bench.device.type != "cuda":
         out.skipped.append("kernels: they need CUDA")
-
-
-def ops_of(bench: Bench, dtype: torch.dtype) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Ops of a forward with arguments of a chunk's size; the same values in every dtype."""
-    dit, count = bench.preset.dit, bench.preset.cache.frames_per_chunk
-
-    def drawn(number: int, *size: int) -> Tensor:
-        return _normal(bench, *size, salt=number).to(dtype)
-
-    rows, frames = (1, count * dit.tokens_per_frame, dit.dim), (1, count, dit.dim)
-    x, y, z = (drawn(n, *rows) for n in (1, 2, 3))
-    gate, shift, scale = (drawn(n, *frames) for n in (4, 5, 6))
-    weight, bias = drawn(7, dit.dim), drawn(8, dit.dim)
-    rope = FrameRope(dit.grid_height, dit.grid_width, dit.head_dim, str(bench.device))
-    at, slot = rope.table(range(count)), (1, rows[1], dit.num_heads, dit.head_dim)
-    raw, keys, values = (torch.empty(slot, dtype=dtype, device=bench.device) for _ in range(3))
-    slots = Slots(at, at, raw, keys, values, keys, values)
-    width, height = 8 * dit.latent_width, 8 * dit.latent_height
-    video = drawn(9, 4, 3, height, width).sigmoid()
-    return {
-        "layernorm_modulate": (layernorm_modulate, (x, shift, scale, dit.eps)),
-        "qk_norm_rope_write": (qk_norm_rope_write, (x, y, z, weight, weight, dit.eps, slots)),
-        "residual_modulate": (residual_modulate, (x, y, gate, shift, scale, dit.eps)),
-        "residual_layernorm": (residual_layernorm, (x, y, gate, weight, bias, dit.eps)),
-        "rms_norm": (rms_norm, (x, weight, dit.eps)),
-        "memory_gate_blend": (memory_gate_blend, (x, y, z)),
-        "frames_to_uint8": (frames_to_uint8, (video,)),
-    }
-
-
-def _last(made: Any) -> Tensor:
-    """An op's result; of two, the one that was made of the other."""
-    result: Tensor = made if isinstance(made, Tensor) else made[-1]
-    return result
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -237,9 +195,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _normal(bench: Bench, *size: int, salt: int = 0) -> Tensor:
-    generator = torch.Generator(bench.device).manual_seed(bench.seed + salt)
-    drawn = torch.randn(size, generator=generator, device=bench.device)
-    return drawn.to(bench.dtype)
+    return drawn(bench, bench.dtype, salt, *size)
 
 
 def _no_fp8(bench: Bench) -> str:

@@ -152,6 +152,7 @@ def _streams(
     if isinstance(share := row["missed %"], float):
         suffix = "" if tier is Precision.EXACT else f"_{tier}"
         out.figures[f"missed_share_{count}{suffix}"] = share
+        out.figures["stream_s"] = seconds
     out.samples[name] = [ms for s in streams for ms in s.latencies_ms]
 
 
@@ -174,7 +175,7 @@ def _first_frames(bench: Bench, out: Outcome, engine: EchoEngine) -> None:
     table = out.table("First frame, warm engine, idle device", "p50 ms", "p95 ms", "sessions")
     table.add({"p50 ms": spread.median, "p95 ms": spread.p95, "sessions": spread.count})
     out.samples["first frame"] = samples
-    out.figures["first_frame_ms"] = spread.median
+    out.figures |= {"first_frame_ms": spread.median, "first_frame_p95_ms": spread.p95}
 
 
 def _beginner(engine: EchoEngine, seed: int, opened: list[SessionState]) -> Callable[[], Begun]:

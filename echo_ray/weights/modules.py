@@ -89,14 +89,19 @@ def load_modules(
             )
         load_strict(module, folder.part(name, dtype=dtype, device=device), f"{folder.path}, {name}")
         module.eval().requires_grad_(requires_grad=False)
-        if isinstance(module, WanVae | TinyVae) and device.type == "cuda":
-            module.lie_channels_last()
+        lay_out(module, device)
     words = parts.get("text")
     if isinstance(words, WordTextEncoder):
         encoder = words
     if encoder is None:
         raise ConfigError(f"preset {preset.name}: text.kind {preset.text.kind!r} has no encoder")
     return _assembled(preset, parts, encoder, folder.digest)
+
+
+def lay_out(module: nn.Module, device: torch.device) -> None:
+    """Lay a video codec's weights out as its device reads them; a CPU's stay as they are."""
+    if isinstance(module, WanVae | TinyVae) and device.type == "cuda":
+        module.lie_channels_last()
 
 
 def _assembled(

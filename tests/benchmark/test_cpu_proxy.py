@@ -39,8 +39,8 @@ CPU = torch.device("cpu")
 DTYPES = ("float32", "bfloat16")
 
 
-@lru_cache(maxsize=4)
-def proxy(dtype: str, point_every: int = 0) -> Preset:
+@lru_cache(maxsize=8)
+def proxy(dtype: str, point_every: int = 0, *, recache: bool | None = None) -> Preset:
     """The published model with every length cut down: 4 layers, 3 heads of 32, 4 x 6 tokens."""
     whole = load_preset("echo-infinity-1.3b")
     assert whole.cache.memory is not None
@@ -49,6 +49,8 @@ def proxy(dtype: str, point_every: int = 0) -> Preset:
         latent_width=12, text_dim=64, text_len=16, freq_dim=64,
     )  # fmt: skip
     memory = replace(whole.cache.memory, tokens=None)
+    if recache is not None:
+        memory = replace(memory, recache=recache)
     codec = TinyVaeShape(encoder_width=4, decoder_widths=(8, 8, 4, 4))
     cache = replace(whole.cache, point_every=point_every, memory=memory)
     return replace(whole, dit=dit, cache=cache, dtype=dtype, codec=codec, small_codec=None)
@@ -102,6 +104,38 @@ def test_the_engine_computes_what_the_published_loop_does(dtype: str) -> None:
     # The first layer's keys hang on no sum of many terms: there the two must agree to the bit.
     if dtype == "float32":
         assert max(r.found for r in results if r.what == "keys, first layer") == 0.0
+
+
+@pytest.mark.parametrize("recache", [True, False])
+@pytest.mark.parametrize("switches", [(0, 1), (1, 1), (2, 3), (4, 5)])
+def test_prompts_switched_early_are_those_of_the_published_loop(
+    switches: tuple[int, int], recache: bool
+) -> None:
+    """Before there is a memory, before the window is full, two at once, one chunk after another.
+
+    `recache`: the memory begins anew at a switch, too.
+    """
+    whole = modules("float32")
+    assert whole.memory is not None
+    preset = proxy("float32", recache=recache)
+    ours = Generator(whole.dit, whole.memory, preset.cache, preset.sampler)
+    theirs = Baseline(preset, whole.dit.state_dict(), whole.memory.state_dict())
+    three = [*prompts("float32"), whole.text.encode("a red boat")]
+    chunks = max(switches) + 3
+    results = list(gate.compare(ours, theirs, three, noise("float32"), chunks, switches=switches))
+    assert gate.failed(results) == []
+    assert {r.chunk for r in results} == set(range(chunks))
+
+
+def test_the_gate_sees_an_early_switch_that_one_side_does_not_make(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Generator, "switch", lambda *_: None)
+    results = gate.compare(
+        generator("float32"), baseline("float32"), prompts("float32"), noise("float32"), 2,
+        switches=[1],
+    )  # fmt: skip
+    assert {r.chunk for r in gate.failed(list(results))} == {1}
 
 
 @pytest.mark.parametrize("wrong", ["blocks.2.self_attn.v.weight", "head.modulation"])
