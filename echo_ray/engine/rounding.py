@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from echo_kernels import failed
 from echo_ray.errors import EngineError
 
@@ -17,7 +19,12 @@ class Rounding:
     """How an engine rounds now."""
 
     def __init__(self, told: Callable[[Sequence[str]], str]) -> None:
-        """`told`: the fingerprint without some kernels."""
+        """`told`: the fingerprint without some kernels.
+
+        For the whole process cuDNN is kept to convolutions that repeat their bits, chosen by rule
+        and not by a race: it has others, which add up in whatever order numbers come.
+        """
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         self._told = told
         self._failed = failed()
         self.fingerprint = told(self._failed)

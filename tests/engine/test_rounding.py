@@ -42,6 +42,14 @@ def test_a_kernel_that_fails_later_changes_the_fingerprint(fresh: set[str]) -> N
     assert engine.step(engine.open("a red ball", 2)).index == 0
 
 
+def test_an_engine_keeps_cudnn_to_what_repeats_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, other in (("deterministic", False), ("benchmark", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, other)
+    small_engine()
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_chunk_within_which_a_kernel_fails_is_never_seen(fresh: set[str]) -> None:
     engine = small_engine()
     state = engine.open("a red ball", 1)
