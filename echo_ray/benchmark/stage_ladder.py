@@ -68,11 +68,16 @@ def run(bench: Bench, out: Outcome) -> None:
     out.figures["baseline_ms"] = median(ms for *_, b in timed for part in b for ms in part)
 
 
+def before(bench: Bench) -> int:
+    """Chunks before those that are timed; a dry run went through the phases at the gate."""
+    return WARM + (0 if bench.dry else FIRST_MATURE)
+
+
 def _baseline(bench: Bench, name: str) -> Callable[[], object]:
     """One more chunk of a baseline in the mature phase."""
     loop = bench.baseline(attention(bench, name))
     stream, noise = loop.start(bench.prompts()[0]), bench.noise()
-    for _ in range(FIRST_MATURE):
+    for _ in range(before(bench) - WARM):
         loop.generate(stream, noise)
     return lambda: loop.generate(stream, noise)
 
@@ -85,7 +90,7 @@ def _in_turns(
     theirs: list[list[float]] = []
     with climbed(bench, rung) as generator:
         state, noise = generator.start(bench.prompts()[0]), bench.noise()
-        for _ in range(FIRST_MATURE + WARM):
+        for _ in range(before(bench)):
             generator.generate(state, noise)
         for _ in range(bench.plan.blocks):
             slow()
@@ -101,7 +106,7 @@ def _needed_s(bench: Bench, timed: list[tuple[Rung, list[float], list[list[float
         return 0.0
     _, ours, theirs = timed[-1]
     per_chunk_ms = max(ours) + max(ms for block in theirs for ms in block)
-    chunks = bench.plan.blocks * (bench.plan.chunks + 1) + FIRST_MATURE + WARM
+    chunks = bench.plan.blocks * (bench.plan.chunks + 1) + before(bench)
     return per_chunk_ms * chunks / 1000
 
 
