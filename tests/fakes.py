@@ -74,11 +74,35 @@ class FakeStep:
         return self._engine.step(self._state, self._prompts)
 
 
+class FakeLoading:
+    """Slices of which the last one does it all."""
+
+    def __init__(self, engine: FakeEngine, make: Callable[[], FakeState]) -> None:
+        self._engine, self._make = engine, make
+        self._left = engine.load_slices
+        engine.arriving.append(self)
+
+    def advance(self) -> FakeState | None:
+        if not self._left:
+            raise EngineError("the load is over")
+        self._left -= 1
+        if self._left:
+            return None
+        self.close()
+        return self._make()
+
+    def close(self) -> None:
+        self._left = 0
+        if self in self._engine.arriving:
+            self._engine.arriving.remove(self)
+
+
 class FakeEngine:
     """An engine without a model: 8 x 8 frames that follow from clip, seed, prompts and every step.
 
     It does not know the words in `UNKNOWN`.
-    `delay_s` is slept in each step, which has so many `slices`. `failing` holds chunk indices whose
+    `delay_s` is slept in each step, which has so many `slices`; opening and loading have
+    `load_slices`. `failing` holds chunk indices whose
     next step fails, once each.
     `fingerprint` changes the bits, as another kind of device would.
     """
@@ -93,6 +117,7 @@ class FakeEngine:
         slices: int = 3,
         fingerprint: str = "fake",
         refuses: str = "refused",
+        load_slices: int = 3,
     ) -> None:
         self.shape = StreamShape(
             model="echo-tiny",
@@ -106,6 +131,7 @@ class FakeEngine:
         self.fingerprint = fingerprint
         self.delay_s = delay_s
         self.slices = slices
+        self.load_slices = load_slices
         self.refuses = refuses
         self.failing: list[int] = []
         self.fell_back: dict[str, int] = {}
@@ -118,6 +144,8 @@ class FakeEngine:
         """Frames of the clip at every `open`."""
         self.held: list[FakeState] = []
         """States that were opened or loaded and not closed."""
+        self.arriving: list[FakeLoading] = []
+        """Loads that are not over and were not closed."""
         self.may_step = threading.Event()
         self.may_step.set()
 
@@ -131,6 +159,12 @@ class FakeEngine:
         self.opened_with.append(count)
         hidden = _hash(b"open", prompt, seed, hashlib.sha256(first_frames).digest())
         return self._hold(FakeState(hidden, prompt, 0, self.shape.point_every))
+
+    def begin_open(self, prompt: str, seed: int, first_frames: bytes = b"") -> FakeLoading:
+        return FakeLoading(self, lambda: self.open(prompt, seed, first_frames))
+
+    def begin_load(self, snapshot: Snapshot) -> FakeLoading:
+        return FakeLoading(self, lambda: self.load(snapshot))
 
     def begin(self, state: FakeState, prompts: Sequence[str] = ()) -> FakeStep:
         if state.stepping:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from echo_ray.engine.graphs import Graphs, Recorder
 from echo_ray.engine.lanes import Lanes
+from echo_ray.engine.slices import Slices
 from echo_ray.model.codec import Codec, CodecState
 from echo_ray.model.history import BEGUN
 
@@ -65,18 +66,22 @@ class Decoders:
         """The decoder of a new stream."""
         return Decoder(self._codec.initial_state())
 
-    def rebuilt(self, latents_BFChw: Tensor, made: int) -> Decoder:
-        """The decoder of a loaded stream of `made` latents, from the last of them."""
-        first = latents_BFChw.shape[1] == made
-        # Where the live one is made, so that the next decode finds it there.
-        with self._lanes.decoding(self._lanes.mark(), [latents_BFChw]):
-            if self._recorder is None:
-                return Decoder(self._codec.rebuild(latents_BFChw, first))
-            codec = self._codec
-            decoder = Decoder(codec.initial_state() if first else codec.midstream_state())
-            for _ in self._replayed(decoder, latents_BFChw, self._recorder):
-                pass
-            return decoder
+    def rebuilding(self, decoder: Decoder, latest_BFChw: Tensor, made: int) -> Slices[None]:
+        """Bring a new stream's decoder to where one of `made` latents stands, a latent a slice.
+
+        `latest_BFChw`: the last of them, at least as many as the codec is rebuilt from.
+        """
+        held = latest_BFChw.shape[1]
+        count = min(self._codec.rebuild_latents, held)
+        if count < made:
+            decoder.state = self._codec.midstream_state()
+        # Behind what made the latents, and not behind what others launch between two slices.
+        ready = self._lanes.mark()
+        for index in range(held - count, held):
+            yield
+            # Where the live one is made, so that the next decode finds it there.
+            with self._lanes.decoding(ready, [latest_BFChw]):
+                self.decode(decoder, latest_BFChw[:, index : index + 1])
 
     @property
     def free(self) -> int:

@@ -18,26 +18,21 @@ from torch import Tensor
 from echo_kernels import fallbacks, frames_to_uint8
 from echo_ray.engine.aside import aside_of
 from echo_ray.engine.decoding import Decoders
-from echo_ray.engine.drift import DriftState, frame_parts, latent_statistics, read_drift
+from echo_ray.engine.drift import frame_parts, latent_statistics, read_drift
 from echo_ray.engine.fingerprint import model_identity, numerics_of
 from echo_ray.engine.footprint import device_memory, state_bytes
-from echo_ray.engine.generator import Generator, LatentState
+from echo_ray.engine.generator import Generator
 from echo_ray.engine.graphs import CudaRecorder
 from echo_ray.engine.lanes import Mark, lanes_of
-from echo_ray.engine.noise import SEED_LIMIT, SessionNoise
+from echo_ray.engine.loading import Arrivals
+from echo_ray.engine.noise import SessionNoise
 from echo_ray.engine.prompts import PromptBook, padded
 from echo_ray.engine.room import Room, room_of
 from echo_ray.engine.rounding import Rounding
 from echo_ray.engine.slices import Slices
-from echo_ray.engine.state import CompactState, Prompt, SessionState, pack, unpack
-from echo_ray.engine.step import EngineStep, Stages
-from echo_ray.errors import (
-    EngineError,
-    InvalidRequestError,
-    PromptError,
-    SnapshotCorrupt,
-    SnapshotForeign,
-)
+from echo_ray.engine.state import Prompt, SessionState, pack
+from echo_ray.engine.step import EngineStep, InSlices, Stages
+from echo_ray.errors import EngineError, PromptError
 from echo_ray.preset import Preset
 from echo_ray.session.chunk import Chunk, DriftReading, frames_digest, named_words
 from echo_ray.session.engine_port import StreamShape, stream_shape
@@ -83,10 +78,19 @@ class EchoEngine:
         # A recorder of its own: decodings run beside forwards, and recordings of one share memory.
         self._decoders = Decoders(modules.codec, self._lanes, CudaRecorder() if records else None)
         self._prompts = PromptBook(modules.text, prompts_kept)
-        self._room = room or room_of(preset, device)
         identity, how = model_identity(preset, modules), (device, text or device, threads)
         self._rounding = Rounding(
             lambda failed: f"{identity}/{numerics_of(*how, modules.computing, failed)}"
+        )
+        self._arrivals = Arrivals(
+            preset,
+            modules,
+            self._generator,
+            self._decoders,
+            room=room or room_of(preset, device),
+            look_up=self._look_up,
+            fingerprint=lambda: self._rounding.fingerprint,
+            shape=self._shape,
         )
 
     @property
@@ -106,17 +110,16 @@ class EchoEngine:
         """The prompt's words that the model knows, and those it ignores."""
         return self._modules.text.understood(prompt)
 
+    def begin_open(
+        self, prompt: str, seed: int, first_frames: bytes = b""
+    ) -> InSlices[SessionState]:
+        """Begin to open; see `Engine.begin_open`."""
+        opening = self._arrivals.opening(prompt, seed, first_frames)
+        return InSlices(opening, self._slicing, f"opening a session on {self._device}")
+
     def open(self, prompt: str, seed: int, first_frames: bytes = b"") -> SessionState:
         """Point 0 of a new session; see `Engine.open`."""
-        if not 0 <= seed < SEED_LIMIT:
-            raise InvalidRequestError(
-                f"seed {seed} is not from 0 to {SEED_LIMIT - 1}", param="seed"
-            )
-        with self._running(), self._room.taken(self._left()):
-            written = self._look_up(prompt)
-            given = self._encoded(first_frames)
-            latent = self._generator.start(self._embed(written))
-            return self._state(written, written, seed, latent, given, DriftState())
+        return self.begin_open(prompt, seed, first_frames).finish()
 
     def begin(self, state: SessionState, prompts: Sequence[str] = ()) -> EngineStep:
         """Begin to generate the next chunk, a forward or the decoding a slice; see `Engine.begin`.
@@ -131,10 +134,7 @@ class EchoEngine:
 
     def step(self, state: SessionState, prompts: Sequence[str] = ()) -> Chunk:
         """Generate the next chunk; see `Engine.step`."""
-        step = self.begin(state, prompts)
-        while (chunk := step.advance()) is None:
-            pass
-        return chunk
+        return self.begin(state, prompts).finish()
 
     def _slices(self, state: SessionState, prompts: tuple[str, ...]) -> Slices[Chunk]:
         stages, index = Stages(self._lanes, state.spans), state.next_index
@@ -193,35 +193,18 @@ class EchoEngine:
                 "finish the step, or load the state again"
             )
 
+    def begin_load(self, snapshot: Snapshot) -> InSlices[SessionState]:
+        """Begin to rebuild a state from its compact form; see `Engine.begin_load`."""
+        what = f"loading a session on {self._device}"
+        return InSlices(self._arrivals.loading(snapshot), self._slicing, what)
+
     def load(self, snapshot: Snapshot) -> SessionState:
         """Rebuild a state from its compact form. Raises `SnapshotError` if a part does not fit."""
-        ours, theirs = self.fingerprint.rsplit("/", 1)[0], snapshot.fingerprint.rsplit("/", 1)[0]
-        if ours != theirs:
-            raise SnapshotForeign(f"snapshot is of model {theirs!r}; this engine runs {ours!r}")
-        compact = unpack(snapshot, with_memory=self._modules.memory is not None)
-        with self._running(), self._room.taken(self._left()):
-            latent = self._latent(compact)
-            given = self._given(compact)
-            state = self._state(
-                compact.prompt, compact.sink_prompt, compact.seed, latent, given, compact.drift
-            )
-            if not state.at_point:
-                raise SnapshotCorrupt(f"snapshot of chunk {state.next_index} is not at a point")
-            if state.next_index:
-                self._generator.rebuild(latent)
-                made = state.next_index * self._preset.cache.frames_per_chunk
-                state.decoder = self._decoders.rebuilt(latent.history_BFCHW, made)
-        return state
-
-    def _left(self) -> list[str]:
-        """Parts of a session that others have left and that wait for the next."""
-        free = {"window": self._generator.arenas.free, "decoder": self._decoders.free}
-        return [name for name, count in free.items() if count]
+        return self.begin_load(snapshot).finish()
 
     def close(self, state: SessionState) -> None:
         """Give back what the state holds; see `Engine.close`."""
-        self._generator.close(state.latent)
-        self._decoders.close(state.decoder)
+        self._arrivals.close(state)
 
     def state_bytes(self, state: SessionState) -> int:
         return state_bytes(state)
@@ -229,90 +212,6 @@ class EchoEngine:
     def memory(self) -> Mapping[str, int]:
         """`footprint.device_memory`; `arenas` and `decoders` are leased ones and free ones."""
         return device_memory(self._device, arenas=self._generator.arenas, decoders=self._decoders)
-
-    def _latent(self, compact: CompactState) -> LatentState:
-        """A stream at the compact state, its window still empty; geometry is checked here."""
-        latent = self._generator.start(self._embed(self._checked("prompt_rows", compact.prompt)))
-        latent.sink_prompt = latent.prompt
-        if compact.sink_prompt.text != compact.prompt.text:
-            rows = self._embed(self._checked("sink_prompt_rows", compact.sink_prompt))
-            latent.sink_prompt = self._modules.dit.encode_prompt(rows)
-        shape, cache = self._preset.dit, self._preset.cache
-        done = compact.next_chunk * cache.frames_per_chunk
-        tail = (shape.in_channels, shape.latent_height, shape.latent_width)
-        latent.sink_BFCHW = self._fitting(
-            "sink", compact.sink, (1, min(done, cache.sink_frames), *tail)
-        )
-        kept = min(done, self._generator.history_frames)
-        latent.history_BFCHW = self._fitting("history", compact.history, (1, kept, *tail))
-        if latent.query_BMC is not None and compact.query is not None:
-            expected = tuple(latent.query_BMC.shape)
-            latent.query_BMC = self._fitting("memory_query", compact.query, expected)
-        latent.has_history = compact.has_history
-        latent.sink_first = compact.sink_first
-        latent.next_chunk = compact.next_chunk
-        return latent
-
-    def _fitting(self, name: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
-        if tuple(tensor.shape) != expected or tensor.dtype != self._generator.dtype:
-            raise SnapshotCorrupt(
-                f"snapshot tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected {self._generator.dtype} {expected}"
-            )
-        return tensor.to(self._device)
-
-    def _checked(self, name: str, prompt: Prompt) -> Prompt:
-        """A prompt out of a snapshot, its rows on the device."""
-        rows, dit = prompt.rows_BPE, self._preset.dit
-        count = rows.shape[1] if rows.dim() == 3 else 0
-        expected = (1, min(max(count, 1), dit.text_len), dit.text_dim)
-        return Prompt(prompt.text, self._fitting(name, rows, expected))
-
-    def _given(self, compact: CompactState) -> Tensor:
-        """What is left of a clip, whole chunks of it, on the device."""
-        given, shape = compact.given, self._preset.dit
-        count = given.shape[1] if given.dim() == 5 else 0
-        count -= count % self._preset.cache.frames_per_chunk
-        tail = (shape.in_channels, shape.latent_height, shape.latent_width)
-        return self._fitting("given", given, (1, count, *tail))
-
-    def _encoded(self, first_frames: bytes) -> Tensor:
-        """Latents [1, G, C, h, w] of a clip of whole chunks; none of an empty one."""
-        shape, dit = self._shape, self._preset.dit
-        size = shape.height * shape.width * 3
-        count = len(first_frames) // size
-        whole = (count - shape.first_chunk_frames) % shape.frames_per_chunk == 0
-        if first_frames and (
-            len(first_frames) % size or count < shape.first_chunk_frames or not whole
-        ):
-            raise InvalidRequestError(
-                f"first_frames: {len(first_frames)} bytes are not whole chunks of "
-                f"{shape.width} x {shape.height} frames; give {shape.first_chunk_frames} frames "
-                f"and any number of times {shape.frames_per_chunk} more",
-                param="first_frames",
-            )
-        if not first_frames:
-            tail = (dit.in_channels, dit.latent_height, dit.latent_width)
-            return torch.zeros(1, 0, *tail, device=self._device, dtype=self._generator.dtype)
-        pixels = torch.frombuffer(bytearray(first_frames), dtype=torch.uint8)
-        frames = pixels.view(1, count, shape.height, shape.width, 3).permute(0, 1, 4, 2, 3)
-        scaled = frames.to(self._device, torch.float32) / 255.0
-        return self._modules.codec.encode(scaled.to(self._generator.dtype))
-
-    def _state(
-        self,
-        prompt: Prompt,
-        sink_prompt: Prompt,
-        seed: int,
-        latent: LatentState,
-        given: Tensor,
-        drift: DriftState,
-    ) -> SessionState:
-        decoder = self._decoders.start()
-        every = self._preset.cache.point_every
-        return SessionState(
-            seed, prompt, sink_prompt, given, latent, decoder, drift, every, self.fingerprint
-        )
 
     def _next_latents(self, state: SessionState, stages: Stages) -> Slices[Tensor]:
         """The next chunk's clean latents: given ones while there are any, else denoised."""
@@ -388,13 +287,8 @@ class EchoEngine:
 
     @contextmanager
     def _slicing(self) -> Iterator[None]:
-        with self._running(), self._lanes.launch():
-            yield
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
         """No gradients, and the thread count that the fingerprint names."""
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._lanes.launch():
             yield

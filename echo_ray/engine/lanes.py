@@ -169,14 +169,18 @@ class CudaLanes:
         # Somebody waits for frames, and nobody for the end of the context pass beside them.
         self._decode = self._cuda.Stream(device, priority=-1)
         self._copies = self._cuda.Stream(device)
-        self._launched: deque[Event] = deque()
+        self._launched: deque[list[Event]] = deque()
+        self._slice: list[Event] = []
+        """Ends of what this slice has launched beside the main lane."""
 
     @contextmanager
     def launch(self) -> Iterator[None]:
         while len(self._launched) >= AHEAD:
-            self._launched.popleft().synchronize()
+            for event in self._launched.popleft():
+                event.synchronize()
+        self._slice = []
         yield
-        self._launched.append(self._recorded())
+        self._launched.append([*self._slice, self._recorded()])
 
     @contextmanager
     def span(self) -> Iterator[CudaSpan]:
@@ -191,6 +195,7 @@ class CudaLanes:
     def decoding(self, after: Mark, inputs: Sequence[Tensor]) -> Iterator[None]:
         with self._crossed(self._decode, after, inputs):
             yield
+            self._slice.append(self._recorded())
 
     def fetch(self, tensors: Sequence[Tensor]) -> CudaCopy:
         copies = tuple(t if t.device.type == "cpu" else _to_pinned(t) for t in tensors)

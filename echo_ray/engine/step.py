@@ -1,10 +1,10 @@
-"""A chunk in the making: its slices one by one, and what each stage of it took."""
+"""A chunk or a state in the making: its slices one by one, and what each stage of a chunk took."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from echo_ray.engine.lanes import HostLanes, Lanes, Span
 from echo_ray.engine.slices import Slices
@@ -63,21 +63,21 @@ class Stages:
         return seconds
 
 
-class EngineStep:
-    """Implements `echo_ray.session.engine_port.Step`."""
+class InSlices(Generic[T]):
+    """Implements `Step` and `Loading` of `echo_ray.session.engine_port`."""
 
     def __init__(
-        self, slices: Slices[Chunk], running: Callable[[], AbstractContextManager[None]], what: str
+        self, slices: Slices[T], running: Callable[[], AbstractContextManager[None]], what: str
     ) -> None:
-        """`running`: what has to hold while a slice runs. `what`: names the step in errors."""
+        """`running`: what has to hold while a slice runs. `what`: names the work in errors."""
         self._slices = slices
         self._running = running
         self._what = what
         self._over = False
 
-    def advance(self) -> Chunk | None:
+    def advance(self) -> T | None:
         if self._over:
-            raise EngineError(f"{self._what} is over; begin the next step")
+            raise EngineError(f"{self._what} is over; begin the next one")
         self._over = True
         try:
             with self._running():
@@ -85,11 +85,24 @@ class EngineStep:
         except RuntimeError as e:
             raise EngineError(f"{self._what} failed: {e}") from e
 
-    def _next(self) -> Chunk | None:
+    def finish(self) -> T:
+        """All slices that are left in one go."""
+        while (made := self.advance()) is None:
+            pass
+        return made
+
+    def close(self) -> None:
+        self._over = True
+        self._slices.close()
+
+    def _next(self) -> T | None:
         try:
             next(self._slices)
         except StopIteration as end:
-            chunk: Chunk = end.value
-            return chunk
+            made: T = end.value
+            return made
         self._over = False
         return None
+
+
+EngineStep = InSlices[Chunk]

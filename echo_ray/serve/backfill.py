@@ -12,12 +12,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from echo_ray.errors import ClipLost, SnapshotError, StoreUnavailable
-from echo_ray.serve.bench import Bench, Making
+from echo_ray.serve.bench import Bench, Making, Returning
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.runner import SessionRunner
 from echo_ray.session.engine_port import State
 from echo_ray.session.owner_events import FAILURES_IN_A_ROW, RETRY_AFTER_S
-from echo_ray.session.pacing import Turn
+from echo_ray.session.pacing import Turn, returning_due_s
 from echo_ray.session.replay import ControlLog, Verdict, compare
 
 
@@ -30,6 +30,8 @@ class Backfill:
         self._since_s = 0.0
         self._fetching: Future[Fetched] | None = None
         self._refused: frozenset[str] = frozenset()
+        self._returning: Returning | None = None
+        self._loading_s = 0.0
         self._fetched: Fetched | None = None
         self._controls = ControlLog()
         self._state: State | None = None
@@ -49,15 +51,22 @@ class Backfill:
             return None
         if self._runner.past_next() is None:
             return None
-        if self._fetched is None and self._fetching is None:
-            self._since_s, self._made = self._bench.clock.monotonic(), 0
+        bench = self._bench
+        if self._fetched is None and self._fetching is None and self._returning is None:
+            self._since_s, self._made, self._loading_s = bench.clock.monotonic(), 0, 0.0
         # Like a stream that began to play when it was asked for.
-        due_s = self._since_s + self._made * self._bench.engine.shape.chunk_s
+        due_s = returning_due_s(
+            self._since_s,
+            loading_s=self._loading_s,
+            made=self._made,
+            chunk_seconds=bench.accounts.chunk_seconds,
+            chunk_s=bench.engine.shape.chunk_s,
+        )
         key = f"{self._runner.session_id}/past"
         return Turn(key, self._retry_at_s, due_s, self._served_s)
 
     def work(self) -> None:
-        """Fetch, load, or do a slice of a chunk that is made again."""
+        """Fetch, do a slice of loading, or one of a chunk that is made again."""
         self._served_s = self._bench.clock.monotonic()
         try:
             if self._state is None:
@@ -71,14 +80,19 @@ class Backfill:
             self._failed(error)
 
     def forget(self) -> None:
-        """Let go of the state, of a chunk in hand, and of what was fetched."""
+        """Let go of the state, of what is in hand, and of what was fetched."""
         if self._state is not None:
             self._bench.engine.close(self._state)
-        self._state = self._fetched = self._fetching = self._making = None
+        if self._returning is not None:
+            self._returning.close()
+        self._state = self._fetched = self._fetching = self._making = self._returning = None
 
     def _load(self) -> None:
         runner, bench, target = self._runner, self._bench, self._runner.past_next()
         if target is None:
+            return
+        if self._returning is not None:
+            self._return(self._returning)
             return
         if self._fetching is None:
             self._fetching = bench.fetchers.submit(
@@ -92,13 +106,23 @@ class Backfill:
         if fetched.index > target:
             runner.past_begins_at(fetched.index)
             return
+        self._return(bench.returning(fetched))
+
+    def _return(self, returning: Returning) -> None:
+        runner, bench, fetched = self._runner, self._bench, returning.fetched
+        self._returning = None
         try:
-            self._state = bench.state_of(fetched)
+            self._state = returning.advance()
         except SnapshotError as error:
             if fetched.point is None:
                 raise
             self._refused |= {fetched.point.id}
             bench.accounts.snapshot_refused(runner.session_id, fetched.point.id, error)
+            return
+        finally:
+            self._loading_s += bench.clock.monotonic() - self._served_s
+        if self._state is None:
+            self._returning = returning
             return
         # The clip is in the state now, and may be large.
         self._fetched = replace(fetched, first_frames=b"")

@@ -1,4 +1,4 @@
-"""What all sessions of a replica work with on the engine thread, and one chunk of a session."""
+"""What all sessions of a replica work with on the engine thread; one state, one chunk of one."""
 
 from __future__ import annotations
 
@@ -30,32 +30,49 @@ class Bench:
     clock: Clock
     policy: ResumePolicy = ResumePolicy.EXACT
 
-    def state_of(self, fetched: Fetched) -> State:
-        """The state at the fetched point.
+    def returning(self, fetched: Fetched) -> Returning:
+        """Begin to make the state at the fetched point.
 
-        Raises `NoFittingReplica` where this engine may not go on with the session, `SnapshotError`,
-        `InvalidRequestError`.
+        Raises `NoFittingReplica` where this engine may not go on with the session.
         """
         made_by, ours = fetched.record.fingerprint, self.engine.fingerprint
         if made_by and not allows(self.policy, fit(made_by, ours)):
             raise unfit(made_by, ours)
-        if fetched.snapshot is None:
-            record = fetched.record
-            return self.engine.open(record.prompt, record.seed, fetched.first_frames)
-        state = self.engine.load(fetched.snapshot)
-        if state.next_index != fetched.index:
-            self.engine.close(state)
-            raise SnapshotCorrupt(
-                f"the snapshot is of chunk {state.next_index}, its reference says {fetched.index}; "
-                "it is of another point or another session"
-            )
-        return state
+        return Returning(self, fetched)
 
     def begin(self, state: State, controls: ControlLog) -> Making:
         """Begin to make the state's next chunk; the state is lost until it is there."""
         index = state.next_index
         step = self.engine.begin(state, controls.prompts(index))
         return Making(self, step, controls.marks(index), index)
+
+
+class Returning:
+    """A state in hand. Whatever it holds is given back unless it comes to its end."""
+
+    def __init__(self, bench: Bench, fetched: Fetched) -> None:
+        self.fetched = fetched
+        self._engine = engine = bench.engine
+        if fetched.snapshot is None:
+            record = fetched.record
+            self._loading = engine.begin_open(record.prompt, record.seed, fetched.first_frames)
+        else:
+            self._loading = engine.begin_load(fetched.snapshot)
+
+    def advance(self) -> State | None:
+        """Do the next slice; the state after the last. Raises `SnapshotError`, and as `open`."""
+        state, index = self._loading.advance(), self.fetched.index
+        if state is not None and state.next_index != index:
+            self._engine.close(state)
+            raise SnapshotCorrupt(
+                f"the snapshot is of chunk {state.next_index}, its reference says {index}; "
+                "it is of another point or another session"
+            )
+        return state
+
+    def close(self) -> None:
+        """Leave it where it is."""
+        self._loading.close()
 
 
 class Making:

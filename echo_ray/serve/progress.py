@@ -2,11 +2,12 @@
 
     fetch (other thread) -> load -> replay up to next_index -> seal, step, commit, publish, ...
 
-Everything here runs on the one engine thread and does one piece of work per call. A step is a piece
-for each of its slices, so sessions take turns inside a chunk; to the session itself it is as if the
-step were one piece. What happens to it meanwhile (another lease, a pause, a drain) takes effect
-behind the chunk, and only the end of the session here leaves a step where it is: no turn comes any
-more, nothing of the chunk was written but its seal, and the next owner makes it again.
+Everything here runs on the one engine thread and does one piece of work per call. A load and a step
+are a piece for each of their slices, so sessions take turns inside them. What happens to a session
+in the middle of a load (another lease, a pause, a drain) takes effect at once, and a load that has
+lost its purpose is left. To the session itself it is as if a step were one piece: all that takes
+effect behind the chunk, and only the end of the session here leaves a step where it is: no turn
+comes any more, nothing of the chunk was written but its seal, and the next owner makes it again.
 
 Before each write the lease is checked by the own clock, and the store refuses a stale one anyway.
 What an outcome means is decided in `session/owner_events.py`.
@@ -28,7 +29,7 @@ from echo_ray.errors import (
     SnapshotError,
     StoreUnavailable,
 )
-from echo_ray.serve.bench import Bench, Making
+from echo_ray.serve.bench import Bench, Making, Returning
 from echo_ray.serve.fetch import Fetched
 from echo_ray.serve.logs import about, log
 from echo_ray.serve.runner import Event, SessionRunner
@@ -52,6 +53,7 @@ class Progress:
         self._bench = bench
         self._state: State | None = None
         self._fetching: Future[Fetched] | None = None
+        self._returning: Returning | None = None
         self._refused: frozenset[str] = frozenset()
         self._log = ControlLog()
         self._digests: Mapping[int, str] = {}
@@ -73,6 +75,7 @@ class Progress:
             chunk_s=shape.chunk_s,
             lead_s=runner.config.lead_chunks * shape.chunk_s,
             want=runner.wanted() if work in (Work.PRODUCE, Work.ADVANCE) else None,
+            chunk_seconds=self._bench.accounts.chunk_seconds,
         )
         times = owning.times(now, pacing)
         if times is None:
@@ -129,7 +132,9 @@ class Progress:
         """Let go of the state, and of all that belongs to it."""
         if self._state is not None:
             self._bench.engine.close(self._state)
-        self._state = self._unconfirmed = self._fetching = self._making = None
+        if self._returning is not None:
+            self._returning.close()
+        self._state = self._unconfirmed = self._fetching = self._making = self._returning = None
         self.runner.state_bytes = 0
 
     def _release(self) -> None:
@@ -143,6 +148,9 @@ class Progress:
 
     def _load(self) -> None:
         runner, bench = self.runner, self._bench
+        if self._returning is not None:
+            self._return(self._returning)
+            return
         if self._fetching is None:
             self._fetching = bench.fetchers.submit(
                 bench.fetch, runner.session_id, None, self._refused
@@ -152,15 +160,26 @@ class Progress:
         fetching, self._fetching = self._fetching, None
         fetched = fetching.result()
         self._refused = fetched.refused
+        self._return(bench.returning(fetched))
+
+    def _return(self, returning: Returning) -> None:
+        """The next slice of loading."""
+        runner, bench, fetched = self.runner, self._bench, returning.fetched
+        self._returning = None
         try:
-            state = bench.state_of(fetched)
+            state = returning.advance()
         except SnapshotError as error:
             if fetched.point is None:
                 raise
             self._refused |= {fetched.point.id}
             bench.accounts.snapshot_refused(runner.session_id, fetched.point.id, error)
             return
-        self._take(fetched, state)
+        finally:
+            self._apply(partial(owner_events.loading, now_s=bench.clock.monotonic()))
+        if state is None:
+            self._returning = returning
+        else:
+            self._take(fetched, state)
 
     def _take(self, fetched: Fetched, state: State) -> None:
         runner = self.runner

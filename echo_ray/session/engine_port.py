@@ -88,6 +88,23 @@ class Step(Protocol):
         ...
 
 
+class Loading(Protocol):
+    """A state in the making, in slices like those of a `Step`."""
+
+    def advance(self) -> State | None:
+        """Do the next slice; the state once it was the last one.
+
+        Raises what `Engine.open` or `Engine.load` raises, `EngineError` when the device fails in a
+        slice and behind the last one. What was made until then is given back.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave it where it is, and give back what it holds; twice, or behind the last slice, does
+        no harm. Without it what it held is not used again."""
+        ...
+
+
 class Engine(Protocol):
     """One device. Not thread-safe: one thread calls it."""
 
@@ -105,6 +122,10 @@ class Engine(Protocol):
         `first_frames`: a clip that becomes the first chunks, uint8 RGB [N, H, W, 3] row-major of
         the stream's own size; generation goes on behind it. Refused unless it is whole chunks.
         """
+        ...
+
+    def begin_open(self, prompt: str, seed: int, first_frames: bytes = b"") -> Loading:
+        """Begin to open: the prompt, the clip and the state a slice each; raises nothing yet."""
         ...
 
     def begin(self, state: State, prompts: Sequence[str] = ()) -> Step:
@@ -136,6 +157,10 @@ class Engine(Protocol):
 
     def load(self, snapshot: Snapshot) -> State:
         """The state that `save` was given. Raises `SnapshotError` on any part that does not fit."""
+        ...
+
+    def begin_load(self, snapshot: Snapshot) -> Loading:
+        """Begin to load, a forward or a latent of the decoder a slice; raises nothing yet."""
         ...
 
     def close(self, state: State) -> None:

@@ -74,6 +74,7 @@ def adopted(o: Owning, lease: LeaseView, now_s: float) -> Step:
         caught_up=False,
         release_as=None,
         arrived_s=now_s,
+        loading_s=0.0,
         idle_since_s=idle_since_s,
     )
     return o, (Effect.TELL,)
@@ -187,6 +188,11 @@ def ended(o: Owning, error: EchoError) -> Step:
 
 
 # Coming back
+
+
+def loading(o: Owning, now_s: float) -> Step:
+    """The piece of work that is over now was a slice of loading."""
+    return replace(o, loading_s=o.loading_s + now_s - o.served_s), NOTHING
 
 
 def loaded(o: Owning, at: int, record: SessionRecord, fingerprint: str) -> Step:

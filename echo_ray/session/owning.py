@@ -17,7 +17,7 @@ from enum import Enum, auto
 
 from echo_ray.errors import EchoError, Fenced
 from echo_ray.session.lease import LeaseView
-from echo_ray.session.pacing import Demand, Playout, next_chunk
+from echo_ray.session.pacing import Demand, Playout, next_chunk, returning_due_s
 from echo_ray.session.records import Lease, OnIdle, Pace, SessionRecord, SessionState
 
 FOLLOW_EVERY_S = 0.05
@@ -32,7 +32,9 @@ class Work(Enum):
     """A piece of work for the engine thread."""
 
     FETCH = auto()
-    """Read point, log and digests from the stores, and load them."""
+    """Read point, log and digests from the stores, and load them slice by slice.
+
+    Nothing holds a load that is under way: it is left where it is if the session is given up."""
     REFRESH = auto()
     """Read the record again, and what was committed since."""
     REPLAY = auto()
@@ -81,6 +83,8 @@ class Owning:
     """Whether chunks had been committed before the session came here."""
     diverged: bool = False
     """Whether what is made next follows chunks that differ from the committed ones."""
+    loading_s: float = 0.0
+    """Device time that loading has had since the session came under this lease."""
     replayed: int = 0
     playout: Playout | None = None
     held_back: bool = False
@@ -152,6 +156,8 @@ class Pacing:
     lead_s: float
     want: int | None
     """Chunks below this index may be made. None: nobody watches, and as many as time asks for."""
+    chunk_seconds: float = 0.0
+    """Measured device time of a chunk; 0 until one was made."""
 
 
 def times(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
@@ -161,7 +167,7 @@ def times(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
             return None
         case Work.RELEASE:
             ready_s, due_s = -math.inf, -math.inf
-        case Work.FETCH | Work.COMMIT:
+        case Work.COMMIT:
             ready_s, due_s = -math.inf, o.arrived_s
         case Work.REFRESH if o.refresh:
             ready_s, due_s = -math.inf, o.arrived_s
@@ -174,17 +180,26 @@ def times(o: Owning, pacing: Pacing) -> tuple[float, float] | None:
             # A chunk that nobody wants any more is finished with what others leave.
             _, due_s = _next_chunk(o, pacing) or (-math.inf, math.inf)
             ready_s = -math.inf
-        case Work.REPLAY | Work.ADVANCE:
-            # A replay counts as a stream that began to play when the session arrived: it uses
+        case Work.FETCH | Work.REPLAY | Work.ADVANCE:
+            # Coming back counts as a stream that began to play when the session arrived: it uses
             # what others leave, and does not make them stall for its sake.
-            due_s = math.inf if o.shadow else o.arrived_s + o.replayed * pacing.chunk_s
-            ready_s = -math.inf
+            ready_s, due_s = -math.inf, math.inf if o.shadow else _returning(o, pacing)
         case Work.PRODUCE:
             found = _next_chunk(o, pacing)
             if found is None:
                 return None
             ready_s, due_s = found
     return max(ready_s, o.retry_at_s), due_s
+
+
+def _returning(o: Owning, pacing: Pacing) -> float:
+    return returning_due_s(
+        o.arrived_s,
+        loading_s=o.loading_s,
+        made=o.replayed,
+        chunk_seconds=pacing.chunk_seconds,
+        chunk_s=pacing.chunk_s,
+    )
 
 
 def _next_chunk(o: Owning, pacing: Pacing) -> tuple[float, float] | None:

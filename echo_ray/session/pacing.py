@@ -9,6 +9,11 @@ turns.
 Nobody starves. What is due stays due at the same time until it is made, and every chunk of another
 session puts that one's next due time a chunk later, so only so many chunks can come before it. What
 is never due gets a slice when it has waited for `PATIENCE_S`, whatever else there is.
+
+A session that comes back takes as much as a stream that plays. Its first slice of loading is due
+when it came, as its first chunk is, and those after it when such a stream would have made as much,
+so a load of seconds goes on at that rate at least and nobody who plays is late for it. A shadow,
+which nobody watches here, loads with what others leave.
 """
 
 from __future__ import annotations
@@ -117,6 +122,18 @@ def next_chunk(
         return -math.inf, demand.waiting_since_s if watched else NEVER_DUE_S
     due_s = playout.due_s(demand.start_s)
     return due_s - lead_s, due_s if watched else NEVER_DUE_S
+
+
+def returning_due_s(
+    since_s: float, *, loading_s: float, made: int, chunk_seconds: float, chunk_s: float
+) -> float:
+    """When a session that has been coming back since `since_s` needs its next slice.
+
+    `loading_s`: device time that its load has had; counts as the chunks of `chunk_seconds` (0: not
+    measured) that are made in it. `made`: chunks that were made again.
+    """
+    rate = max(1.0, chunk_s / chunk_seconds) if chunk_seconds else 1.0
+    return since_s + loading_s * rate + made * chunk_s
 
 
 def wanted(reader_wants: Iterable[int | None], pace: Pace, on_idle: OnIdle) -> int | None:

@@ -19,7 +19,8 @@ CODECS = ("group", "tiny", "wan")
 
 def recorded_engine(codec: str) -> tuple[EchoEngine, CheckedRecorder]:
     engine, recorder = small_engine((1000,), codec, point_every=2), CheckedRecorder()
-    engine._decoders = Decoders(engine._modules.codec, engine._lanes, recorder)
+    decoders = Decoders(engine._modules.codec, engine._lanes, recorder)
+    engine._decoders = engine._arrivals.decoders = decoders
     return engine, recorder
 
 
@@ -73,10 +74,10 @@ def test_nothing_of_a_session_is_left_to_the_next(codec: str) -> None:
     state = engine.open("a red ball", 1)
     played(engine, state, 1)
     place = place_of(state)
-    assert "decoder" not in engine._left()
+    assert "decoder" not in engine._arrivals.left()
     engine.close(state)
     engine.close(state)
-    assert engine._left() == ["window", "decoder"]
+    assert engine._arrivals.left() == ["window", "decoder"]
     with torch.inference_mode():
         for key, past in place.past.items():
             if key != "begun":

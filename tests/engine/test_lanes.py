@@ -125,6 +125,7 @@ def test_decoding_waits_for_the_latents_alone_and_runs_in_its_own_lane(
         ("launch", "decode", "decode"),
         ("copy", "frames", "decode"),
         ("record", 2, "decode"),
+        ("record", 3, "decode"),
         ("wait on the host", 2),
     ]
     assert told.current == "main"
@@ -185,11 +186,13 @@ def test_stages_are_measured_on_the_device_and_told_when_they_are_over(
     assert [call[0] for call in told.calls] == ["record"] * 4, "nobody waited for it"
 
 
-def engine_on(gpu: CudaLanes, monkeypatch: pytest.MonkeyPatch, told: Told) -> EchoEngine:
+def engine_on(
+    gpu: CudaLanes, monkeypatch: pytest.MonkeyPatch, told: Told, codec: str = "group"
+) -> EchoEngine:
     """A real engine on the host whose lanes are those of the stand-in."""
     monkeypatch.setattr(lanes, "_to_pinned", lambda tensor: tensor)
-    engine = small_engine(point_every=2)
-    engine._lanes = gpu
+    engine = small_engine(codec=codec, point_every=2)
+    engine._lanes = engine._decoders._lanes = gpu
     return engine
 
 
@@ -226,18 +229,27 @@ def test_a_chunk_waits_once_for_data_and_its_snapshot_not_at_all(
 def test_a_loaded_decoder_is_rebuilt_where_the_live_one_is_made(
     gpu: CudaLanes, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_on(gpu, monkeypatch, told)
+    engine = engine_on(gpu, monkeypatch, told, "tiny")
     state = engine.open("a red ball", 1)
-    for _ in range(2):
+    for _ in range(4):
         engine.step(state)
     snapshot, seen = engine.save(state), []
     codec = engine._modules.codec
-    rebuild = codec.rebuild
-    monkeypatch.setattr(
-        codec, "rebuild", lambda *args: (seen.append(told.current), rebuild(*args))[1]
-    )
-    again = engine.load(snapshot)
-    assert seen == ["decode"]
+    decode = codec.decode
+    with monkeypatch.context() as patch:
+        spied = lambda *args: (seen.append((args[0].shape[1], told.current)), decode(*args))[1]  # noqa: E731
+        patch.setattr(codec, "decode", spied)
+        before = len(told.calls)
+        again = engine.load(snapshot)
+    assert seen == [(1, "decode")] * codec.rebuild_latents
+    calls = told.calls[before:]
+    # All of them wait for the latents alone, whatever the main lane was given in between.
+    assert len({c[1] for c in calls if c[0] == "wait"}) == 1
+    # The host waits for the end of each before it runs further ahead: decodings of others come
+    # behind two latents and not behind all of them.
+    ended = [c[1] for c in calls if c[0] == "record" and c[2] == "decode"]
+    waited = [c[1] for c in calls if c[0] == "wait on the host"]
+    assert set(ended[:-AHEAD]) <= set(waited)
     assert engine.step(again).digest == engine.step(state).digest
 
 

@@ -34,7 +34,7 @@ def device() -> Device:
 @pytest.fixture
 def engine(device: Device) -> EchoEngine:
     made = small_engine(point_every=2)
-    made._room = Room(small_preset(point_every=2), "cuda", device)
+    made._arrivals._room = Room(small_preset(point_every=2), "cuda", device)
     return made
 
 

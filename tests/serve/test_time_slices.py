@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from fakes import FakeEngine, FakeStep, undisturbed
+from fakes import FakeEngine, FakeLoading, FakeStep, undisturbed
 from replicas import Replicas, digests, eventually, hello, pull, truth, watch
 from websockets.exceptions import ConnectionClosed
 
@@ -28,6 +28,42 @@ class HeldStep(FakeStep):
                 engine.broken_slices -= 1
                 raise EngineError("this slice fails, as it was told to")
         return super().advance()
+
+
+class HeldLoading(FakeLoading):
+    def advance(self):
+        engine = self._engine
+        engine.load_waiting.set()
+        assert engine.load_permits.acquire(timeout=60)
+        if engine.broken_loads:
+            engine.broken_loads -= 1
+            self.close()
+            raise EngineError("this slice fails, as it was told to")
+        return super().advance()
+
+
+class SlowToLoad(FakeEngine):
+    """Slices of opening and loading happen one for each permit."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.load_permits = threading.Semaphore(0)
+        self.load_waiting = threading.Event()
+        self.broken_loads = 0
+
+    def begin_open(self, prompt, seed, first_frames=b""):
+        return HeldLoading(self, lambda: self.open(prompt, seed, first_frames))
+
+    def begin_load(self, snapshot):
+        return HeldLoading(self, lambda: self.load(snapshot))
+
+    def hold_at(self, slices):
+        """Let so many slices happen, and wait until the next one is tried."""
+        for _ in range(slices):
+            assert self.load_waiting.wait(30)
+            self.load_waiting.clear()
+            self.load_permits.release()
+        assert self.load_waiting.wait(30)
 
 
 class HeldEngine(FakeEngine):
@@ -103,6 +139,72 @@ def test_a_late_joiner_does_not_wait_for_another_sessions_chunk(held):
         assert held.count() < 400, "the chunk that was in hand is still in hand"
         assert bench.directory.get("s1").next_index == 0
         held.allow(10**6)
+
+
+@pytest.fixture
+def slow():
+    engine = SlowToLoad()
+    yield engine
+    engine.load_permits.release(10**6)
+
+
+def test_a_session_that_plays_goes_on_between_the_slices_of_a_load(slow):
+    slow.load_permits.release(slow.load_slices)
+    with Replicas(lease_ttl_s=30.0) as bench:
+        one = bench.start("r1", slow)
+        bench.session("s1", prompt="a blue square", seed=3)
+        epoch = bench.claim(one)
+        viewer, _ = watching(one, epoch, 1)
+        viewer.join(30)
+        slow.load_slices = 1500
+        slow.load_waiting.clear()
+        bench.session("s2", prompt="a green star", seed=4)
+        late, came = watching(one, bench.claim(one, "s2"), 1, session_id="s2")
+        assert slow.load_waiting.wait(30)
+        viewer, seen = watching(one, epoch, 6)
+        while viewer.is_alive():
+            slow.load_permits.release()
+            viewer.join(0.05)
+        assert digests(seen) == undisturbed(FakeEngine(), "a blue square", 3, 6, {})
+        assert len(slow.arriving) == 1, "the load is still in hand"
+        slow.load_permits.release(10**6)
+        late.join(60)
+        assert digests(came) == undisturbed(FakeEngine(), "a green star", 4, 1, {})
+
+
+@pytest.mark.parametrize("how", ["lease", "close", "stop"])
+def test_a_load_whose_session_ends_here_is_left_and_given_back(slow, how):
+    with Replicas() as bench:
+        one, two = bench.start("r1", slow), bench.start("r2")
+        bench.session()
+        watching(one, bench.claim(one), 1)
+        slow.hold_at(1)
+        runner = next(r for r in one.host.runners())
+        if how == "lease":
+            bench.claim(two)
+            assert eventually(lambda: runner.ended is not None)
+        else:
+            state = SessionState.CLOSED if how == "close" else SessionState.LIVE
+            runner.apply(partial(owner_events.retired, state=state, going_away=how == "stop"))
+        slow.load_permits.release()
+        assert eventually(lambda: runner.ended is not None)
+        assert eventually(lambda: slow.arriving == [])
+        assert slow.opened_with == [], "no slice more was done than the one in hand"
+        assert slow.held == []
+
+
+def test_a_slice_of_a_load_that_fails_begins_the_load_again(slow):
+    with Replicas() as bench:
+        one = bench.start("r1", slow)
+        bench.session()
+        viewer, seen = watching(one, bench.claim(one), 3)
+        slow.hold_at(1)
+        slow.broken_loads = 1
+        slow.load_permits.release(100)
+        viewer.join(30)
+        assert digests(seen) == truth(3)
+        assert slow.arriving == []
+        assert one.telemetry.value("echo_ray_engine_failures_total") == 1
 
 
 def test_a_lease_that_is_lost_between_two_slices_leaves_the_chunk(held):

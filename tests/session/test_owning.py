@@ -285,6 +285,31 @@ def test_a_chunk_that_fails_half_way_is_not_in_hand_any_more() -> None:
     assert (work(o), o.stepping) == (Work.FETCH, False)
 
 
+def test_a_load_is_due_like_a_stream_that_began_to_play_when_it_came() -> None:
+    rate = Pacing(start_s=0.0, chunk_s=0.75, lead_s=1.5, want=None, chunk_seconds=0.25)
+    o, _ = on.begun(new(next_index=9), 10.0)
+    assert times(o, rate) == (-math.inf, 0.0), "as its first chunk is"
+    o, _ = on.loading(o, 10.5)
+    assert times(o, rate) == (-math.inf, pytest.approx(1.5)), "two chunks could have been made"
+    assert times(o, replace(rate, chunk_seconds=0.0)) == (-math.inf, 0.5)
+    assert times(o, replace(rate, chunk_seconds=3.0)) == (-math.inf, 0.5)
+    # What is made again comes behind it.
+    behind, _ = on.loaded(o, 8, record(next_index=9), "f")
+    assert times(behind, rate) == (-math.inf, pytest.approx(1.5))
+    # A load that fails begins again, and has had its time.
+    failed, _ = on.failed(o, EngineError("broken"), VIEW, 10.6)
+    assert times(failed, rate) == (pytest.approx(10.65), pytest.approx(1.5))
+    taken, _ = on.adopted(o, NEWER, 11.0)
+    assert times(taken, rate) == (-math.inf, 11.0)
+    shadow, _ = on.loading(new(lease=None), 0.5)
+    assert times(shadow, rate) == (-math.inf, math.inf)
+
+
+def test_a_load_does_not_hold_up_a_release() -> None:
+    o, _ = on.loading(new(next_index=9), 0.5)
+    assert work(on.retired(o, SessionState.PAUSED)[0]) is Work.RELEASE
+
+
 def test_a_chunk_in_hand_keeps_its_due_time() -> None:
     o, _ = on.committed(on.made(with_state(4, 4), 4, "d4")[0], 4, 3.0, 10.0)
     later = Pacing(start_s=3.75, chunk_s=0.75, lead_s=1.5, want=100)

@@ -20,6 +20,7 @@ from echo_ray.session.pacing import (
     Turn,
     choose,
     next_chunk,
+    returning_due_s,
 )
 from echo_ray.session.placement import admit
 from echo_ray.session.records import Pace, ReplicaRecord
@@ -41,6 +42,12 @@ class Stream:
     pace: Pace = Pace.REALTIME
     watched: bool = True
     arrives_s: float = 0.0
+    load_ms: tuple[int, ...] = ()
+    loaded: int = 0
+    """Slices of its load that are done."""
+    loading_s: float = 0.0
+    all_at_once: bool = False
+    """Whether every slice of its load is due when it came."""
     chunk: int = 0
     done: int = 0
     """Slices of the chunk in hand that are done."""
@@ -53,6 +60,16 @@ class Stream:
     def turn(self, now_s: float) -> Turn | None:
         if now_s < self.arrives_s:
             return None
+        if self.loaded < len(self.load_ms):
+            due_s = returning_due_s(
+                self.arrives_s,
+                loading_s=0.0 if self.all_at_once else self.loading_s,
+                made=0,
+                chunk_seconds=sum(self.slices_ms) / 1000,
+                chunk_s=CHUNK_S,
+            )
+            due_s = due_s if self.watched else NEVER_DUE_S
+            return Turn(self.name, -math.inf, due_s, self.served_s)
         demand = Demand(
             pace=self.pace,
             index=self.chunk,
@@ -66,6 +83,12 @@ class Stream:
     def advance(self, turn: Turn, now_s: float) -> float:
         """Do a slice that begins now; when it ends."""
         self.waits_s.append(now_s - max(turn.ready_s, self.served_s, self.arrives_s))
+        if self.loaded < len(self.load_ms):
+            self.waits_s.append(now_s - max(self.served_s, self.arrives_s))
+            took_s = self.load_ms[self.loaded] / 1000
+            self.loaded, self.loading_s = self.loaded + 1, self.loading_s + took_s
+            self.served_s = now_s
+            return now_s + took_s
         end_s = now_s + self.slices_ms[self.done] / 1000
         self.served_s = now_s
         self.done += 1
@@ -157,6 +180,47 @@ def test_what_is_left_is_taken_and_nobody_is_late_for_it(left: dict[str, object]
     assert streams[2].chunk >= 0.9 * 300 / CHUNK_S * (750 - 606) / 303
 
 
+LOAD_MS = (43,) * 4 + (33,) * 38
+"""Four forwards and 38 latents of the large decoder: 1.4 s."""
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_nobody_who_plays_is_late_for_those_that_come_back(all_at_once: bool) -> None:
+    playing = Stream("playing", EIGHT_BIT_MS)
+    returning = [
+        Stream(
+            f"r{n}", EIGHT_BIT_MS, arrives_s=20.0, load_ms=LOAD_MS, served_s=20.0,
+            all_at_once=all_at_once,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    streams = [playing, *returning]
+    play(streams, 60.0)
+    # In one piece the two loads take 2.8 s, and no more than 2.25 s are made ahead.
+    assert (playing.late > 0) is all_at_once
+    assert [s.loaded for s in returning] == [len(LOAD_MS)] * 2
+    # Each has what a stream has of the device at least: 1.4 s of load at 223 of 750 ms.
+    begun_s = [s.playout.origin_s for s in returning if s.playout is not None]
+    assert len(begun_s) == 2
+    assert max(begun_s) < 20.0 + sum(LOAD_MS) / 223 * CHUNK_S + CHUNK_S
+
+
+def test_a_load_goes_on_at_once_where_others_have_time() -> None:
+    playing = Stream("playing", BF16_MS)
+    returning = Stream("r", BF16_MS, arrives_s=20.0, load_ms=(60,) * 10)
+    order = play([playing, returning], 21.0)
+    first = order.index("r")
+    assert order[first : first + 9] == ["r"] * 9, "the other is 1.5 s ahead and more"
+
+
+def test_a_shadow_loads_with_what_is_left() -> None:
+    streams = alike(2, BF16_MS)
+    shadow = Stream("shadow", BF16_MS, watched=False, arrives_s=20.0, load_ms=LOAD_MS)
+    play([*streams, shadow], 40.0)
+    assert [s.late for s in streams] == [0, 0]
+    assert shadow.loaded == len(LOAD_MS)
+
+
 STREAMS = st.lists(
     st.builds(
         lambda slices, pace, watched, arrives: (tuple(slices), pace, watched, arrives),
@@ -170,16 +234,19 @@ STREAMS = st.lists(
 )
 
 
-@given(STREAMS)
+@given(STREAMS, st.lists(st.integers(5, 250), max_size=12))
 def test_nobody_starves_however_overloaded_the_device_is(
-    drawn: list[tuple[tuple[int, ...], Pace, bool, float]],
+    drawn: list[tuple[tuple[int, ...], Pace, bool, float]], load_ms: list[int]
 ) -> None:
     streams = [
-        Stream(f"s{n}", slices, pace=pace, watched=watched, arrives_s=arrives, served_s=arrives)
+        Stream(
+            f"s{n}", slices, pace=pace, watched=watched, arrives_s=arrives, served_s=arrives,
+            load_ms=tuple(load_ms),
+        )
         for n, (slices, pace, watched, arrives) in enumerate(drawn)
-    ]
+    ]  # fmt: skip
     play(streams, 60.0)
-    longest_s = max(ms for s in streams for ms in s.slices_ms) / 1000
+    longest_s = max(ms for s in streams for ms in (*s.slices_ms, *s.load_ms)) / 1000
     chunk_s = {s.name: sum(s.slices_ms) / 1000 for s in streams}
     for stream in streams:
         others = [s for s in streams if s is not stream]
@@ -191,6 +258,8 @@ def test_nobody_starves_however_overloaded_the_device_is(
         # Before something due: of each other session the chunks that are due before it, which is
         # those of the lead and two more, and the slices of those that have waited long.
         ahead_s = sum(chunk_s[s.name] * (LEAD_S / CHUNK_S + 2) for s in others)
+        # And their loads, which may all be due before it.
+        ahead_s += len(others) * sum(load_ms) / 1000
         patience_s = PATIENCE_S + (len(streams) + 1) * longest_s
         bound_s = patience_s if never_due else ahead_s + 2 * patience_s
         assert waited_s <= bound_s + longest_s, stream

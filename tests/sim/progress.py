@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,18 @@ LEAD = 3
 STEP_S = (0.02, 0.08)
 SLICES = 3
 """Pieces of a step, between which other sessions of the replica are worked on."""
+LOAD_SLICES = 5
+"""Of a load, as long as those of a step."""
+CHUNK_SECONDS = sum(STEP_S) / 2
 LIMIT = 2 * RETENTION + POINT_EVERY
 """Longest replay that is worth its time for the sake of past segments."""
-NOTHING_WANTED = Pacing(start_s=0.0, chunk_s=CHUNK_S, lead_s=LEAD * CHUNK_S, want=None)
+NOTHING_WANTED = Pacing(
+    start_s=0.0,
+    chunk_s=CHUNK_S,
+    lead_s=LEAD * CHUNK_S,
+    want=None,
+    chunk_seconds=CHUNK_SECONDS,
+)
 
 
 @dataclass(slots=True)
@@ -92,12 +101,7 @@ class Progress:
             return None
         pacing = NOTHING_WANTED
         if work in (Work.PRODUCE, Work.ADVANCE):
-            pacing = Pacing(
-                start_s=start_s(now.committed),
-                chunk_s=CHUNK_S,
-                lead_s=LEAD * CHUNK_S,
-                want=seat.wanted(),
-            )
+            pacing = replace(NOTHING_WANTED, start_s=start_s(now.committed), want=seat.wanted())
         times = owning.times(now, pacing)
         if times is None:
             if not now.held_back:
@@ -122,7 +126,7 @@ class Progress:
             seat.apply(owner_events.releasing)
             self._bench.writer.release(seat)
         elif work is Work.FETCH:
-            self._load()
+            yield from self._load()
         elif state is None:
             return
         elif work is Work.REFRESH:
@@ -138,16 +142,23 @@ class Progress:
 
     # Coming back
 
-    def _load(self) -> None:
-        seat = self.seat
-        if seat.fetched is None:
-            seat.fetching = True
+    def _load(self) -> Process:
+        seat, outcome = self.seat, self.seat.fetched
+        if outcome is None:
+            seat.fetching, seat.loaded = True, 0
             self._host.run(self._fetch())
             return
-        outcome, seat.fetched, seat.fetching = seat.fetched, None, False
         if isinstance(outcome, Exception):
+            seat.fetched, seat.fetching = None, False
             raise outcome
-        self._take(outcome)
+        yield from self._bench.compute()
+        if seat.fetched is not outcome:
+            return
+        seat.loaded += 1
+        seat.apply(partial(owner_events.loading, now_s=self._host.monotonic()))
+        if seat.loaded == LOAD_SLICES:
+            seat.fetched, seat.fetching = None, False
+            self._take(outcome)
 
     def _take(self, fetched: Fetched) -> None:
         seat, at = self.seat, fetched.state.next_index

@@ -51,6 +51,8 @@ class Seat:
     unconfirmed: Segment | None = None
     fetching: bool = False
     fetched: Any = None
+    loaded: int = 0
+    """Slices that were done of loading what is fetched."""
     segments: dict[int, Segment] = field(default_factory=dict)
     past: dict[int, Segment] = field(default_factory=dict)
     """Segments before `first`, made again for readers who lag."""

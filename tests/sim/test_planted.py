@@ -82,9 +82,9 @@ def test_a_move_that_is_felt_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_routers_that_believe_their_own_clocks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them, both ahead, took a session from each other for ever: seed 87."""
+    """Two of them, both ahead, took a session from each other for ever: seed 18."""
     planted.clocks_believed(monkeypatch.setattr)
-    what = found(range(85, 90), AHEAD)
+    what = found(range(16, 21), AHEAD)
     assert what is not None
     assert "is stuck" in what
 
