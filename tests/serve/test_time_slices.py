@@ -152,7 +152,7 @@ def test_a_session_that_plays_goes_on_between_the_slices_of_a_load(slow):
     slow.load_permits.release(slow.load_slices)
     with Replicas(lease_ttl_s=30.0) as bench:
         one = bench.start("r1", slow)
-        bench.session("s1", prompt="a blue square", seed=3)
+        bench.session("s1", prompt="a blue square", seed=3, pace=Pace.REALTIME)
         epoch = bench.claim(one)
         viewer, _ = watching(one, epoch, 1)
         viewer.join(30)
