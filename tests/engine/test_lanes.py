@@ -249,6 +249,7 @@ def test_a_loaded_decoder_is_rebuilt_where_the_live_one_is_made(
     # behind two latents and not behind all of them.
     ended = [c[1] for c in calls if c[0] == "record" and c[2] == "decode"]
     waited = [c[1] for c in calls if c[0] == "wait on the host"]
+    assert len(ended) == codec.rebuild_latents
     assert set(ended[:-AHEAD]) <= set(waited)
     assert engine.step(again).digest == engine.step(state).digest
 
