@@ -1,8 +1,9 @@
-"""`echo-ray weights verify | convert | synthesize`: published checkpoints and what we make of them.
+"""`echo-ray weights verify | convert | synthesize | average`: checkpoints and what we make of them.
 
 `convert SRC DST` reads the published files below SRC and writes one safetensors folder with a
 manifest; `verify DIR` checks such a folder, or says whether published files would convert;
-`synthesize DST` writes random weights in the published layout.
+`synthesize DST` writes random weights in the published layout; `average A B DST` what lies between
+two trainings of one model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FAILED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verify|convert|synthesize")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verify = verbs.add_parser("verify", help="check a converted folder, or published files")
     verify.add_argument("folder", type=Path, metavar="DIR")
     convert = verbs.add_parser("convert", help="published files to one safetensors folder")
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     synthesize.add_argument(
         "--only", metavar="PART,PART", help="of dit, memory, text, codec, small_codec"
     )
+    average = verbs.add_parser("average", help="what lies between two folders of one model")
+    average.add_argument("first", type=Path, metavar="A")
+    average.add_argument("second", type=Path, metavar="B")
+    average.add_argument("dst", type=Path, metavar="DST", help="a new folder")
+    average.add_argument("--share", type=float, default=0.5, help="of B; default: 0.5")
     verify.add_argument("--preset", help=f"default: the one that DIR was made for, else {PRESET}")
     for sub in (convert, synthesize):
         sub.add_argument(
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     torch.set_num_threads(1)
-    verbs = {"verify": _verify, "convert": _convert, "synthesize": _synthesize}
+    verbs = {"verify": _verify, "convert": _convert, "synthesize": _synthesize, "average": _average}
     return verbs[args.verb](args)
 
 
@@ -117,4 +123,12 @@ def _synthesize(args: argparse.Namespace) -> int:
     files = synthesize(load_preset(args.preset), args.dst, seed=args.seed, only=only)
     for file in files:
         print(f"{file.relative_to(args.dst)!s:<40} {file.stat().st_size:>12} bytes")
+    return 0
+
+
+def _average(args: argparse.Namespace) -> int:
+    from echo_ray.weights.average import average
+
+    manifest = average(args.first, args.second, args.dst, args.share)
+    print(f"{args.dst}: {manifest.config.name}, digest {manifest.digest}")
     return 0
