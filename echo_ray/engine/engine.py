@@ -65,18 +65,21 @@ class EchoEngine:
         self._threads = threads
         self._lanes = lanes_of(device)
         self._shape = stream_shape(preset)
+        # Decodings have a recorder of their own: they run beside forwards, and recordings of one
+        # share memory.
         records = graphs and device.type == "cuda"
+        self._recorders = [CudaRecorder(), CudaRecorder()] if records else []
+        forwards, decodings = self._recorders or (None, None)
         self._generator = Generator(
             modules.dit,
             modules.memory,
             preset.cache,
             preset.sampler,
             modules.codec.rebuild_latents,
-            recorder=CudaRecorder() if records else None,
+            recorder=forwards,
             aside=aside_of(device),
         )
-        # A recorder of its own: decodings run beside forwards, and recordings of one share memory.
-        self._decoders = Decoders(modules.codec, self._lanes, CudaRecorder() if records else None)
+        self._decoders = Decoders(modules.codec, self._lanes, decodings)
         self._prompts = PromptBook(modules.text, prompts_kept)
         identity, how = model_identity(preset, modules), (device, text or device, threads)
         self._rounding = Rounding(
@@ -104,7 +107,8 @@ class EchoEngine:
 
     def fallbacks(self) -> Mapping[str, int]:
         """See `Engine.fallbacks`."""
-        return fallbacks()
+        unrecorded = sum(recorder.failures for recorder in self._recorders)
+        return {**fallbacks(), **({"cuda_graph": unrecorded} if unrecorded else {})}
 
     def understood(self, prompt: str) -> tuple[list[str], list[str]]:
         """The prompt's words that the model knows, and those it ignores."""

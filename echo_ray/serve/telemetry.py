@@ -170,7 +170,8 @@ REPLICAS: tuple[MetricSpec, ...] = (
         "kernel_fallbacks",
         "counter",
         "calls",
-        "Calls of a kernel that ran its plain form because it does not compile or launch here.",
+        "Calls of a kernel that ran its plain form because it does not compile or launch here; "
+        "as cuda_graph, forwards or decodings that could not be recorded.",
         ("kernel",),
     ),
     MetricSpec("state_bytes", "gauge", "bytes", "Memory of the sessions' states here."),

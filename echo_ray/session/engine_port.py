@@ -175,7 +175,10 @@ class Engine(Protocol):
         ...
 
     def fallbacks(self) -> Mapping[str, int]:
-        """Calls by kernel that ran its plain form, because it had failed on this device."""
+        """Calls by kernel that ran its plain form, because it had failed on this device.
+
+        Under `cuda_graph`, recordings that could not be made: those forwards run eagerly.
+        """
         ...
 
     def memory(self) -> Mapping[str, int]:

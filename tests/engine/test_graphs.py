@@ -275,6 +275,10 @@ def test_a_failed_capture_runs_eagerly_is_said_once_and_counted(
     assert fake.said.count("clear") == 4
     assert fake.stream == "main"
     assert recorder.failures == 2
+    engine = small_engine()
+    assert "cuda_graph" not in engine.fallbacks()
+    engine._recorders = [recorder, CudaRecorder()]
+    assert engine.fallbacks()["cuda_graph"] == 2
     assert [r.message for r in caplog.records if "could not be captured" in r.message] == [
         "a CUDA graph could not be captured, its forward runs eagerly: no room for a graph"
     ]
