@@ -24,6 +24,7 @@ NOTHING_BY_NATURE = {
     "Between the tiers",
     "Brought back after Redis lost everything",
     "Engine failures",
+    "Kernels that fell back to plain PyTorch, calls",
     "Store errors",
 }
 """Panels of what did not happen, or is not there with stores of one tier."""
