@@ -293,12 +293,12 @@ def test_a_resume_without_its_rebuild_is_seen(monkeypatch: pytest.MonkeyPatch) -
     unconsolidated = digests(plain, plain.open("a lighthouse at dusk", 5), 6)
     assert unconsolidated[:5] == begun
     assert unconsolidated[5:] != after
-    rebuild = Generator.rebuild
+    rebuilding = Generator.rebuilding
 
-    def shorter(self: Generator, state: Any) -> None:
+    def shorter(self: Generator, state: Any) -> Any:
         state.history_BFCHW = state.history_BFCHW.clone()
         state.history_BFCHW[:, -9] = 0
-        rebuild(self, state)
+        return rebuilding(self, state)
 
-    monkeypatch.setattr(Generator, "rebuild", shorter)
+    monkeypatch.setattr(Generator, "rebuilding", shorter)
     assert digests(engine, engine.load(snapshot), 1) != after

@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_rig import INTERPRETED, load_triton, to_nearest
 
+from echo_kernels import dispatch
+
 HAS_TRITON = load_triton()
 
 
@@ -24,6 +26,13 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert bool(torch.empty(3).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel has failed yet; what fails here is forgotten."""
+    monkeypatch.setattr(dispatch, "_failed", set())
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
 
 
 @pytest.fixture(autouse=True)

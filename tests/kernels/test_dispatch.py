@@ -80,9 +80,8 @@ def test_what_kernels_cannot_do_takes_the_truth() -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_a_kernel_that_fails_falls_back_says_so_once_and_counts(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dispatch, "_fallbacks", {})
     tried = []
 
     def broken(x: Tensor) -> Tensor:
@@ -104,9 +103,7 @@ def test_a_kernel_that_fails_falls_back_says_so_once_and_counts(
 
 
 @pytest.mark.usefixtures("on_device")
-def test_memory_that_is_short_is_no_failed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_fallbacks", {})
-
+def test_memory_that_is_short_is_no_failed_kernel() -> None:
     def short(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

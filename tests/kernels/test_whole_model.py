@@ -58,7 +58,6 @@ def test_a_stream_of_kernels_is_the_stream_of_truths(monkeypatch: pytest.MonkeyP
     expected, true = rollout()
     launched = noted(monkeypatch)
     monkeypatch.setattr(dispatch, "on_device", lambda tensors: True)
-    monkeypatch.setattr(dispatch, "_fallbacks", {})
     found, state = rollout()
     assert fallbacks() == {}
     assert launched == {
@@ -80,7 +79,6 @@ def test_a_stream_in_8_bits_is_near_that_of_the_truths(monkeypatch: pytest.Monke
     expected, _ = rollout(1, Precision.FP8_ATTENTION8)
     launched = noted(monkeypatch)
     monkeypatch.setattr(dispatch, "on_device", lambda tensors: True)
-    monkeypatch.setattr(dispatch, "_fallbacks", {})
     found, _ = rollout(1, Precision.FP8_ATTENTION8)
     assert fallbacks() == {}
     assert {"rows8_kernel", "heads8_kernel", "residual_norm_kernel"} < launched
