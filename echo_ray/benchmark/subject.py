@@ -15,6 +15,7 @@ from echo_ray.benchmark.random_weights import random_modules
 from echo_ray.benchmark.timing import Timer
 from echo_ray.engine.generator import Noise
 from echo_ray.engine.noise import gaussian
+from echo_ray.engine.rounding import repeat_bits
 from echo_ray.preset import Preset, TinyVaeShape, with_codec
 from echo_ray.weights.modules import Modules
 
@@ -97,7 +98,8 @@ def quick_codec(preset: Preset) -> Preset:
 
 @contextmanager
 def running(threads: int | None = None) -> Iterator[None]:
-    """No gradients; on a CPU with a fixed number of threads."""
+    """No gradients, bits that repeat; on a CPU with a fixed number of threads."""
+    repeat_bits()
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

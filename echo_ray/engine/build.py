@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,18 +12,22 @@ import torch
 from echo_kernels import check_choice
 from echo_ray.config import ModelSection
 from echo_ray.engine.engine import EchoEngine
+from echo_ray.engine.generator import ARENAS_KEPT
 from echo_ray.engine.room import GIB, session_parts
 from echo_ray.engine.rounding import compile_kernels
-from echo_ray.errors import ConfigError, DeviceMissing, MemoryShort
+from echo_ray.engine.state import SessionState
+from echo_ray.errors import ConfigError, DeviceFull, DeviceMissing, EngineError, MemoryShort
 from echo_ray.model.backends import Attention, Machine, choose, choose8
 from echo_ray.model.computing import Precision, use
 from echo_ray.preset import CacheShape, DiTShape, Preset, UMT5Shape, load_preset, with_codec
+from echo_ray.session.snapshot import Snapshot
 from echo_ray.weights.folder import WeightsFolder
 from echo_ray.weights.location import weights_folder
 from echo_ray.weights.modules import Modules, TextPlace, load_modules
 from echo_ray.weights.parts import DTYPES, build_parts
 
 WARM_UP_PROMPT = "a red circle"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +71,50 @@ def build_engine(config: ModelSection) -> EchoEngine:
     )
     if device.type == "cuda":
         compile_kernels(partial(warm_up, engine, preset.cache))
+        record_ahead(engine, preset.cache)
     return engine
 
 
 def warm_up(engine: EchoEngine, cache: CacheShape) -> None:
-    """A stream that has every phase of one: the window fills, the memory comes and is seen from the
-    first forward on, a point, a switch, and coming back."""
+    """A stream that has every phase of one, and comes back."""
     state = engine.open(WARM_UP_PROMPT, 0)
     try:
-        saved = engine.save(state)
-        for _ in range(max(cache.window_frames // cache.frames_per_chunk + 2, cache.point_every)):
-            engine.step(state)
-            if state.at_point:
-                saved = engine.save(state)
-        engine.step(state, [WARM_UP_PROMPT])
+        saved = _all_phases(engine, state, cache)
     finally:
         engine.close(state)
     engine.close(engine.load(saved))
+
+
+def record_ahead(engine: EchoEngine, cache: CacheShape, sessions: int = ARENAS_KEPT) -> None:
+    """So many streams at once, as far as there is memory: arenas and places with their recordings.
+
+    A recording waits for the whole device. Made when a second session comes, it would be the first
+    one's viewers that wait.
+    """
+    states: list[SessionState] = []
+    try:
+        for _ in range(sessions):
+            states.append(engine.open(WARM_UP_PROMPT, 0))
+            _all_phases(engine, states[-1], cache)
+    except (DeviceFull, EngineError) as e:
+        _log.warning("recorded ahead for %d of %d sessions: %s", len(states), sessions, e)
+    finally:
+        for state in states:
+            engine.close(state)
+
+
+def _all_phases(engine: EchoEngine, state: SessionState, cache: CacheShape) -> Snapshot:
+    """The window fills, the memory comes and is seen from the first forward on, a point, a switch
+    just before the next point; the last of the points."""
+    saved = engine.save(state)
+    chunks = max(cache.window_frames // cache.frames_per_chunk + 2, cache.point_every)
+    before_point = -(chunks + 1) % cache.point_every if cache.point_every else 0
+    for _ in range(chunks + before_point):
+        engine.step(state)
+        if state.at_point:
+            saved = engine.save(state)
+    engine.step(state, [WARM_UP_PROMPT])
+    return engine.save(state) if state.at_point else saved
 
 
 def computing_of(config: ModelSection, preset: Preset, machine: Machine) -> Plan:

@@ -15,16 +15,18 @@ from echo_kernels import failed
 from echo_ray.errors import EngineError
 
 
+def repeat_bits() -> None:
+    """Keep cuDNN, for the whole process, to convolutions that repeat their bits, chosen by rule and
+    not by a race: it has others, which add up in whatever order numbers come."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 class Rounding:
-    """How an engine rounds now."""
+    """How an engine rounds now; making one calls `repeat_bits`."""
 
     def __init__(self, told: Callable[[Sequence[str]], str]) -> None:
-        """`told`: the fingerprint without some kernels.
-
-        For the whole process cuDNN is kept to convolutions that repeat their bits, chosen by rule
-        and not by a race: it has others, which add up in whatever order numbers come.
-        """
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        """`told`: the fingerprint without some kernels."""
+        repeat_bits()
         self._told = told
         self._failed = failed()
         self.fingerprint = told(self._failed)
