@@ -204,7 +204,7 @@ def test_a_clip_survives_kill_9_before_the_first_point(service: Service) -> None
                         break
             assert seen == undisturbed(PROMPT, 8, 10, {}, clip=clip)
             assert seen[:3] != undisturbed(PROMPT, 8, 3, {})
-            assert (await client.get(session))["epoch"] == 2
+            assert (await client.get(session))["epoch"] >= 2
             await client.delete(session)
 
     asyncio.run(scenario())
