@@ -11,7 +11,7 @@ from typing import Any
 
 from echo_ray.benchmark.goals import derived, goals_table, verdict
 from echo_ray.benchmark.result import DRY_RUN, Outcome, Table
-from echo_ray.errors import InvalidRequestError
+from echo_ray.out_folder import unwritable
 
 FORMAT = "echo-bench/1"
 RED = "RED: a check failed, so no speed is told"
@@ -145,25 +145,12 @@ def page_name(run: Run) -> str:
     return f"{'dry-run_' if run.dry else ''}{name}_{run.when[:4]}{run.when[5:7]}.md"
 
 
-def claim(out: Path) -> None:
-    """Make the folder, and see that it takes files, before anything runs.
-
-    Raises `InvalidRequestError`.
-    """
-    probe = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as e:
-        raise InvalidRequestError(
-            f"--out {out}: cannot be written: {e.strerror or e}", param="out"
-        ) from e
-
-
 def write(run: Run, out: Path) -> list[Path]:
-    """The JSON and the page; gives their paths."""
+    """The JSON and the page; gives their paths. Raises `InvalidRequestError`."""
     files = {"bench.json": json.dumps(as_json(run), indent=1) + "\n", page_name(run): as_page(run)}
-    for name, text in files.items():
-        (out / name).write_text(text, encoding="utf-8")
+    try:
+        for name, text in files.items():
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise unwritable(out, e) from e
     return [out / name for name in files]

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from echo_ray.benchmark.plan import check_minutes, chosen
     from echo_ray.benchmark.run import Request, benchmark, check_subject, device_of
     from echo_ray.clock import SystemClock
+    from echo_ray.out_folder import claim
     from echo_ray.preset import load_preset
     from echo_ray.session.rules import check_seed
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     device = device_of(args.device)
     preset = load_preset(args.preset)
     check_subject(preset, device)
-    report.claim(args.out)
+    claim(args.out)
     request = Request(
         command=shlex.join(_words(args)), preset=preset, device=args.device, minutes=minutes,
         seed=args.seed, stages=stages,

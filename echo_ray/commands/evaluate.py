@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure one after the other; each one's table is printed as soon as it is there."""
     from echo_ray.config import EchoConfig, from_mapping, with_overrides
     from echo_ray.evaluation import compare, instruments
-    from echo_ray.evaluation.report import claim
     from echo_ray.evaluation.rollout import Plan
     from echo_ray.evaluation.subject import ServedSubject, check_world
+    from echo_ray.out_folder import claim
 
     config = from_mapping(EchoConfig, with_overrides({}, args.assignments))
     if args.what == compare.WHAT:

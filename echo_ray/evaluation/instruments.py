@@ -23,9 +23,10 @@ from echo_ray.evaluation import (
     switching,
     wording,
 )
-from echo_ray.evaluation.report import Origin, Report, claim, write
+from echo_ray.evaluation.report import Origin, Report, write
 from echo_ray.evaluation.rollout import Plan
 from echo_ray.evaluation.subject import Subject, check_world
+from echo_ray.out_folder import claim
 
 ALL = "all"
 

@@ -15,9 +15,9 @@ import PIL
 import torch
 
 from echo_ray import __version__
-from echo_ray.errors import InvalidRequestError
 from echo_ray.evaluation.chart import Bar, Panel, draw
 from echo_ray.evaluation.statistics import Rate, Spread
+from echo_ray.out_folder import unwritable
 
 FORMAT = "echo-ray/evaluation"
 VERSION = 1
@@ -145,26 +145,5 @@ def write(report: Report, origin: Origin, out: Path) -> tuple[Path, Path]:
         data.write_text(text + "\n", encoding="utf-8")
         picture.write_bytes(draw(report.title, under, report.panels))
     except OSError as e:
-        raise _unwritable(out, e) from e
+        raise unwritable(out, e) from e
     return data, picture
-
-
-def claim(out: Path) -> None:
-    """Make the folder, and see that it takes files, before anything is measured.
-
-    Raises `InvalidRequestError`.
-    """
-    probe = out / ".probe"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as e:
-        raise _unwritable(out, e) from e
-
-
-def _unwritable(out: Path, error: OSError) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"--out {out}: cannot be written: {error.strerror or error}; name a folder of your own",
-        param="out",
-    )

@@ -206,11 +206,16 @@ def test_what_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_is_refused(
+    dry: report.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(InvalidRequestError, match="--out"):
-        report.claim(file)
+    words = ["--device", "cpu", "--preset", "echo-tiny", "--out", str(file)]
+    assert main(["bench", "gpu", *words]) == 2
+    assert f"--out {file}: cannot be written" in capsys.readouterr().err
+    with pytest.raises(InvalidRequestError, match="cannot be written"):
+        report.write(dry, tmp_path / "gone")
 
 
 # ---- streams ------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from PIL import Image
 
 from echo_ray.errors import InvalidRequestError
 from echo_ray.evaluation.chart import PALETTE, Bar, Bars, Line, Lines, axis, draw, number
-from echo_ray.evaluation.report import Origin, Report, as_json, claim, rate_bar, table, write
+from echo_ray.evaluation.report import Origin, Report, as_json, rate_bar, table, write
 from echo_ray.evaluation.statistics import Rate, Spread
+from echo_ray.out_folder import claim
 
 REPORT = Report(
     what="thing",
