@@ -255,6 +255,8 @@ def test_a_user_with_the_documented_rights_can_do_everything(server: RedisProces
 def test_such_a_server_is_refused_with_a_remedy(
     tmp_path: Path, options: dict[str, str], durability: str, told: str
 ) -> None:
+    if "cluster_enabled" in options:
+        options = options | {"cluster_port": str(free_port())}
     server = RedisProcess(tmp_path, **options).start()
     try:
         with pytest.raises(ConfigError, match=told) as caught:
