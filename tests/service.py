@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import psutil
+from ports import free_port
 
 from echo_ray.client import EchoClient, Segment
 from echo_ray.config import LimitsSection, ModelSection
@@ -36,13 +36,6 @@ class Service:
     folder: Path
     log: Path
     process: subprocess.Popen[bytes]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -22,7 +22,8 @@ import boto3
 import psutil
 from botocore.config import Config
 from chaos.cage import Wiring
-from redis_server import RedisProcess, free_port
+from ports import free_port
+from redis_server import RedisProcess
 from s3_server import REGION, SECRET
 
 TESTS = Path(__file__).parents[1]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-
 import httpx
 import pytest
 from fakes import FakeEngine
+from ports import free_port
 from replicas import Replicas
 
 from echo_ray import cli
@@ -21,11 +20,6 @@ def replicas():
     yield some
     for generator in some._running:
         generator.close(1.0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return int(door.getsockname()[1])
 
 
 def asked(*answers: object) -> tuple[int, list[int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import yaml
-from service import free_port
+from ports import free_port
 
 FOLDER = Path(__file__).parents[2] / "infra" / "prometheus"
 SHORT = {"5m": "5s", "10m": "8s", "15m": "8s", "30m": "10s", "1h": "12s", "6h": "15s"}

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from fakes import FakeEngine, undisturbed
+from ports import free_port
 from replicas import eventually
-from service import free_port
 
 from echo_ray import wire
 from echo_ray.client import EchoClient, Segment

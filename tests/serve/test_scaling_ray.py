@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from fakes import FakeEngine, undisturbed
-from service import free_port
+from ports import free_port
 
 from echo_ray.client import EchoClient, Segment
 

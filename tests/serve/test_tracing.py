@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from ports import free_port
 from replicas import Replicas, watch
-from service import free_port
 
 from echo_ray.config import EchoConfig, TelemetrySection, from_mapping
 from echo_ray.errors import ConfigError

@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess, free_port
+from ports import free_port
+from redis_server import RedisProcess
 from s3_server import S3Server
 from stored import owned
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess, free_port, go_by
+from ports import free_port
+from redis_server import RedisProcess, go_by
 from stored import new, owned, produce, ref
 
 from echo_ray.config import RedisSection, StorageSection

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from fakes import FakeClock
-from redis_server import RedisProcess, free_port
+from ports import free_port
+from redis_server import RedisProcess
 from replicas import eventually
 from s3_server import S3Server
 from s3_server import snapshots as s3_snapshots

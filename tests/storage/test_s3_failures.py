@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from s3_server import SECRET, Door, S3Server, answering, error, free_port, snapshots
+from ports import free_port
+from s3_server import SECRET, Door, S3Server, answering, error, snapshots
 
 from echo_ray.errors import (
     CapacityError,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from torch import nn
 
 from echo_ray.errors import ConfigError
@@ -53,9 +53,7 @@ with training_group():
 
 def run_group(world: int, out: Path) -> list[dict[str, object]]:
     """Train three steps in so many processes; what each one ends with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     out.mkdir()
     started = []
