@@ -134,6 +134,11 @@ class SelfStage(VideoStage):
         return super().state() | {"critic": self.dmd.state() if self.dmd else None}
 
     def restore(self, state: dict[str, Any]) -> None:
+        if (self.dmd is None) != (state["critic"] is None):
+            raise ValueError(
+                "it was made with another rollout.objective; give this recipe a run.folder of its "
+                "own"
+            )
         super().restore(state)
         if self.dmd is not None:
             self.dmd.restore(state["critic"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from training_rig import CPU, losses_of, small_bank, small_stage
 
-from echo_ray.errors import ConfigError
+from echo_ray.errors import ConfigError, WeightsError
 from echo_ray.training.bank import take
-from echo_ray.training.loop import step_random
+from echo_ray.training.budget import Budget
+from echo_ray.training.loop import run_stage, step_random
 from echo_ray.training.rollout import Chunk, Rollout
 from echo_ray.training.video_model import VideoModel, chunk_prompt
 
@@ -219,3 +221,13 @@ def test_some_rows_are_aligned_and_some_are_not() -> None:
         _, _, aligned = stage._towards(rollout, chunk, truth, step_random(7, "fewstep", step))
         seen |= set(aligned.tolist())
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("left", "going_on"), [({}, DMD), (DMD, {})])
+def test_one_objective_does_not_go_on_where_another_stopped(
+    left: dict[str, Any], going_on: dict[str, Any], tmp_path: Path
+) -> None:
+    budget, named = Budget(steps=1), {"seed": 7, "out": tmp_path, "checkpoint_every_s": 1e9}
+    run_stage(small_stage("fewstep", **left), budget, resume=False, **named)
+    with pytest.raises(WeightsError, match=r"another rollout\.objective.*run\.folder"):
+        run_stage(small_stage("fewstep", **going_on), budget, resume=True, **named)

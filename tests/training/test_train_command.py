@@ -51,7 +51,7 @@ def test_what_cannot_be_trained_is_refused(
         return capsys.readouterr().err
 
     assert "'nonsense' is neither a TOML file" in refused("nonsense")
-    assert "two recipes of the stage fewstep would share the folder" in refused("fewstep", "dmd")
+    assert "two recipes of the stage fewstep would share the folder" in refused("dmd", "dmd")
     shared = refused("ablations", "--set", "run.folder=same")
     assert f"{tmp_path / 'same'}; give each a run.folder" in shared
     assert "run.minutes: -1.0 is not allowed" in refused("codec", "--minutes", "-1")
