@@ -9,7 +9,7 @@ import numpy as np
 
 from echo_ray.scenes.captions import write_captions
 from echo_ray.scenes.motion import animate, as_seen
-from echo_ray.scenes.scripts import KINDS, Script, chunk_of_frames, write_script
+from echo_ray.scenes.scripts import KINDS, TWO_OBJECTS, Script, chunk_of_frames, write_script
 from echo_ray.scenes.world import Frames
 
 EDITION = 5
@@ -33,10 +33,11 @@ def make_clip(
     later: int,
     kind: str | None = None,
     shares: Mapping[str, float] = KINDS,
+    two_objects: float = TWO_OBJECTS,
 ) -> Clip:
     """Draw up one clip, of the given kind or of any by its share; rendering it is the caller's."""
     chunk_T = chunk_of_frames(chunks, first, later)
-    script = write_script(rng, chunks, kind, shares)
+    script = write_script(rng, chunks, kind, shares, two_objects)
     frames = animate(rng, script, size, chunk_T)
     script = as_seen(script, frames, size, chunk_T)
     return Clip(script=script, frames=frames, captions=write_captions(rng, script))

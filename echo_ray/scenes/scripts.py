@@ -102,6 +102,7 @@ def write_script(
     chunks: int,
     kind: str | None = None,
     shares: Mapping[str, float] = KINDS,
+    two_objects: float = TWO_OBJECTS,
 ) -> Script:
     """One clip of the given kind, or of a kind drawn by its share."""
     if kind is None:
@@ -114,7 +115,7 @@ def write_script(
         raise ConfigError(f"kind {kind!r}: needs {LEAST_CHUNKS[kind]} chunks or more, not {chunks}")
     objects = {"add": 2, "remove": 2, "cross": 2, "border": 1, "hide": 1, "empty": 1}.get(kind)
     if objects is None:
-        objects = 2 if rng.random() < TWO_OBJECTS else 1
+        objects = 2 if rng.random() < two_objects else 1
     draft = _Draft(
         chunks=chunks,
         background_K=np.full(chunks, rng.integers(len(BACKGROUNDS))),

@@ -24,7 +24,7 @@ from echo_ray.model.codec import Codec
 from echo_ray.model.words import padded_ids
 from echo_ray.preset import Preset, WordTextShape
 from echo_ray.scenes.clips import Clip, make_clip
-from echo_ray.scenes.scripts import KINDS, with_share
+from echo_ray.scenes.scripts import KINDS, TWO_OBJECTS, with_share
 from echo_ray.scenes.world import render
 from echo_ray.training.recipe import SHORTEST_SCENE, ClipsSection
 from echo_ray.weights.parts import build_codec
@@ -81,10 +81,14 @@ def scenes_of(preset: Preset, section: ClipsSection, index: int) -> list[Clip]:
     rng = np.random.default_rng([section.seed, 1, index])
     size = min(preset.height, preset.width)
     shares = KINDS if section.hide_share is None else with_share("hide", section.hide_share)
+    two_objects = TWO_OBJECTS if section.two_objects is None else section.two_objects
     scenes: list[Clip] = []
     for chunks in scene_lengths(rng, section):
         first = preset.frames_per_chunk if scenes else preset.first_chunk_frames
-        scenes.append(make_clip(rng, chunks, size, first, preset.frames_per_chunk, shares=shares))
+        later = preset.frames_per_chunk
+        scenes.append(
+            make_clip(rng, chunks, size, first, later, shares=shares, two_objects=two_objects)
+        )
     return scenes
 
 
@@ -115,6 +119,7 @@ def bank_digest(preset: Preset, codec: Codec, section: ClipsSection) -> str:
     """
     asked = f"{section.seed} {section.count} {section.chunks} {section.hide_share}"
     asked += f" {section.scene_chunks}" if section.scene_chunks else ""
+    asked += "" if section.two_objects is None else f" two objects {section.two_objects}"
     total = hashlib.sha256(asked.encode())
     for index in range(min(section.count, SAMPLED)):
         scenes = scenes_of(preset, section, index)

@@ -126,6 +126,8 @@ class ClipsSection:
     hide_share: float | None = None
     """Share of clips whose object hides and comes back: what a memory is learned from. None: as
     in the world, about one in five."""
+    two_objects: float | None = None
+    """Share of two objects in clips whose kind leaves it open. None: as in the world."""
     workers: int = 1
     """Processes that render and encode."""
     prompts: str | None = None
@@ -140,8 +142,10 @@ class ClipsSection:
         fits = longest is None or longest >= 2 * SHORTEST_SCENE
         rule = f"at least {2 * SHORTEST_SCENE}, or none for whole clips"
         require(fits, "clips.scene_chunks", longest, rule)
-        share = self.hide_share is None or 0 <= self.hide_share <= 1
-        require(share, "clips.hide_share", self.hide_share, "from 0 to 1")
+        for name in ("hide_share", "two_objects"):
+            share = getattr(self, name)
+            fits = share is None or 0 <= share <= 1
+            require(fits, f"clips.{name}", share, "from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

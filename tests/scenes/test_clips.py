@@ -70,6 +70,16 @@ def test_one_kind_can_be_given_a_share_of_its_own() -> None:
     assert set(alone) == {"hide"}
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_two_objects_can_be_given_a_share_where_the_kind_leaves_it_open(share: float) -> None:
+    rng = np.random.default_rng(3)
+    scripts = [write_script(rng, CHUNKS, two_objects=share) for _ in range(300)]
+    free = [s.colour_KO.shape[1] for s in scripts if s.kind in ("steady", "switch")]
+    assert set(free) == {1 + int(share)}
+    assert {s.colour_KO.shape[1] for s in scripts if s.kind == "hide"} == {1}
+    assert {s.colour_KO.shape[1] for s in scripts if s.kind == "cross"} == {2}
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5, 6, 17])
 def test_clips_of_any_length_are_written(chunks: int) -> None:
     for seed in range(60):

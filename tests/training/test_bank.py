@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from echo_ray.preset import load_preset
-from echo_ray.training.bank import build, captions_of, pixels_of, scene_lengths, scenes_of
+from echo_ray.training.bank import (
+    bank_digest,
+    build,
+    captions_of,
+    pixels_of,
+    scene_lengths,
+    scenes_of,
+)
 from echo_ray.training.recipe import SHORTEST_SCENE, ClipsSection
 from echo_ray.training.trainable import new_codec
 
@@ -41,6 +48,17 @@ def test_a_clip_of_scenes_is_as_long_as_a_stream_of_its_chunks() -> None:
     assert not np.array_equal(
         pixels_of(preset, again)[:9], pixels_of(preset, scenes_of(preset, section, 0))[:9]
     )
+
+
+def test_a_bank_of_more_objects_is_another_bank() -> None:
+    preset = load_preset("echo-tiny")
+    codec = new_codec(preset).eval()
+    more = ClipsSection(count=40, hide_share=0.0, two_objects=1.0)
+    clips = [scene for n in range(more.count) for scene in scenes_of(preset, more, n)]
+    free = [c.script.colour_KO.shape[1] for c in clips if c.script.kind in ("steady", "switch")]
+    assert set(free) == {2}
+    usual = ClipsSection(count=40, hide_share=0.0)
+    assert bank_digest(preset, codec, more) != bank_digest(preset, codec, usual)
 
 
 def test_the_bank_knows_which_chunks_of_which_scene_are_hidden() -> None:

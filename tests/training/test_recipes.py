@@ -79,6 +79,7 @@ def test_values_are_changed_from_the_command_line() -> None:
         ("ema.decay=1.0", r"ema\.decay: 1\.0"),
         ("clips.count=0", r"clips\.count: 0"),
         ("clips.scene_chunks=9", r"clips\.scene_chunks: 9 is not allowed: at least 10"),
+        ("clips.two_objects=-1.0", r"clips\.two_objects: -1\.0 is not allowed: from 0 to 1"),
         ("clips.hide_share=1.5", r"clips\.hide_share: 1\.5 is not allowed: from 0 to 1"),
         ("fresh=[codec]", r"fresh: \('codec',\)"),
         ("stage=deploy", r"stage: 'deploy' is not allowed: one of codec, teacher"),
