@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -184,9 +185,8 @@ def _bars(pen: _Pen, panel: Bars) -> None:
     ends = [b.high if b.high is not None else b.value for b in bars]
     scale = axis([0.0, *ends, *(v for _, v in panel.marks)], 0.0, panel.top)
     _frame(pen, scale, ())
-    for label, value in panel.marks:
+    for _, value in panel.marks:
         _dashes(pen, scale.y(value))
-        pen.text((WIDTH - RIGHT, scale.y(value) - 3), label, 10, QUIET, "rs")
     beside = panel.together
     space = (WIDTH - LEFT - RIGHT) / max(1, -(-len(bars) // beside))
     half = min(26.0, 0.32 * space / beside)
@@ -196,6 +196,10 @@ def _bars(pen: _Pen, panel: Bars) -> None:
         _bar(pen, scale, bar, middle, half)
         if place % beside == 0:
             _label(pen, centre, bar.label, space)
+    for label, value in panel.marks:
+        x, y = WIDTH - RIGHT, scale.y(value) - 3
+        pen.box((x - pen.width(label, 10) - 2, y - 9), (x, y + 1), PAPER)
+        pen.text((x, y), label, 10, QUIET, "rs")
     _legend(pen, panel.legend)
 
 
@@ -221,15 +225,21 @@ def _whisker(pen: _Pen, x: float, low: float, high: float) -> None:
 
 def _label(pen: _Pen, middle: float, label: str, space: float) -> None:
     """Words below a bar, broken into lines that fit its share of the axis."""
-    lines = [""]
-    for word in label.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and pen.width(longer, 10) > space - 4:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    lines = broken(label, lambda words: pen.width(words, 10) <= space - 4)
     for row, words in enumerate(lines[:4]):
         pen.text((middle, HEIGHT - BOTTOM + 6 + 13 * row), words, 10, INK, "ma")
+
+
+def broken(label: str, fits: Callable[[str], bool]) -> list[str]:
+    """A label in lines that fit, broken between words, and in them after "_" and "-"."""
+    lines = [""]
+    for piece in re.findall(r"\s*(?:[^\s_-]+[_-]*|[_-]+)", label):
+        longer = (lines[-1] + piece).strip()
+        if lines[-1] and not fits(longer):
+            lines.append(piece.strip())
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _lines(pen: _Pen, panel: Lines) -> None:

@@ -26,6 +26,8 @@ from echo_ray.training.pictures import curve_picture
 CHECKPOINT = "checkpoint.pt"
 SMOOTH = 0.97
 """Share of the past in the losses that are shown and drawn."""
+EVERY = 10
+"""Steps between two points of a curve; more where a loss is measured less often."""
 TICKS = 1000
 """Length of the progress bar of a stage that ends by time."""
 
@@ -82,8 +84,9 @@ class Progress:
         for name, loss in losses.items():
             was = self.smooth.get(name, loss)
             self.smooth[name] = SMOOTH * was + (1 - SMOOTH) * loss
-            if self.step % 10 == 0 or name not in self.curves:
-                self.curves.setdefault(name, []).append((self.step, self.smooth[name]))
+            points = self.curves.setdefault(name, [])
+            if not points or self.step // EVERY > points[-1][0] // EVERY:
+                points.append((self.step, self.smooth[name]))
 
     def points(self) -> dict[str, list[tuple[int, float]]]:
         """The curves up to now, the last step included."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echo_ray.errors import InvalidRequestError
-from echo_ray.evaluation.chart import PALETTE, Bar, Bars, Line, Lines, axis, draw, number
+from echo_ray.evaluation.chart import PALETTE, Bar, Bars, Line, Lines, axis, broken, draw, number
 from echo_ray.evaluation.report import Origin, Report, as_json, rate_bar, table, write
 from echo_ray.evaluation.statistics import Rate, Spread
 from echo_ray.out_folder import claim
@@ -60,6 +60,22 @@ def test_bars_stand_together_over_one_label() -> None:
     gaps = [columns(p, 1).min() - columns(p, 0).max() for p in (apart, beside)]
     assert gaps[0] > 100
     assert 0 < gaps[1] < 10
+
+
+@pytest.mark.parametrize(
+    ("label", "lines"),
+    [
+        ("", [""]),
+        ("as one", ["as one"]),
+        ("memory frozen at its start", ["memory", "frozen at", "its start"]),
+        ("regression_20", ["regression_", "20"]),
+        ("a_b", ["a_b"]),
+        ("sink - window_only", ["sink -", "window_", "only"]),
+        ("unbreakable1", ["unbreakable1"]),
+    ],
+)
+def test_labels_are_broken_where_they_may_be(label: str, lines: list[str]) -> None:
+    assert broken(label, lambda words: len(words) <= 9) == lines
 
 
 def test_a_line_goes_through_its_points_and_stops_at_gaps() -> None:

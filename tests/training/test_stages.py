@@ -68,6 +68,14 @@ def test_a_codec_leaves_a_folder_that_later_stages_begin_from(
         load_video_model(preset, tmp_path, (), CPU)
 
 
+def test_a_loss_that_is_measured_now_and_then_has_a_curve() -> None:
+    progress = Progress()
+    for step in range(40):
+        progress.take({"every": 1.0} | ({} if step % 5 else {"fifth": 1.0}), 0.1)
+    assert [step for step, _ in progress.curves["every"]] == [1, 10, 20, 30, 40]
+    assert [step for step, _ in progress.curves["fifth"]] == [1, 11, 21, 31]
+
+
 def test_pretraining_leaves_weights_that_serve(preset: Preset, tmp_path: Path) -> None:
     stage = small_stage("pretrain", pretrain={"short_chunks": 3}, run={"sheet_chunks": 2})
     run(stage, 4, tmp_path)
