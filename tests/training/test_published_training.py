@@ -31,7 +31,7 @@ def test_a_converted_model_is_fine_tuned_stage_by_stage_and_serves(
     words += ["rollout.batch=1", "clips.count=2", "clips.chunks=6"]
     first = [*words, f"init_from={model.weights}", f"dmd.teacher={model.weights}"]
     train(["dmd"], out, assignments=[*first, "fewstep.chunks=5"])
-    later = [*words, "streaming.clip_chunks=4", "ema.start=0"]
+    later = [*words, 'init_from="{out}/dmd"', "streaming.clip_chunks=4", "ema.start=0"]
     train(["streaming"], out, assignments=later)
     before, after = (WeightsFolder.open(f) for f in (model.weights, out / "streaming"))
     after.check(before.manifest.config)
