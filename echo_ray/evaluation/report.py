@@ -136,14 +136,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def subtitle(report: Report, origin: Origin) -> str:
+    """The picture's second line: the model, and how many cases were measured."""
+    count = len(report.cases)
+    cases = f"{count:,} case{'s' if count != 1 else ''}, seed {origin.seed}"
+    return f"{origin.preset}  ·  {origin.fingerprint}  ·  {cases}"
+
+
 def write(report: Report, origin: Origin, out: Path) -> tuple[Path, Path]:
     """Write `WHAT.json` and `WHAT.png` into a folder that `claim` has made; returns both."""
     data, picture = out / f"{report.what}.json", out / f"{report.what}.png"
-    under = f"{origin.preset}  ·  {origin.fingerprint}  ·  {origin.cases} cases, seed {origin.seed}"
     text = json.dumps(as_json(report, origin), indent=1, allow_nan=False, ensure_ascii=False)
     try:
         data.write_text(text + "\n", encoding="utf-8")
-        picture.write_bytes(draw(report.title, under, report.panels))
+        picture.write_bytes(draw(report.title, subtitle(report, origin), report.panels))
     except OSError as e:
         raise unwritable(out, e) from e
     return data, picture

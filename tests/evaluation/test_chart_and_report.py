@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from echo_ray.errors import InvalidRequestError
 from echo_ray.evaluation.chart import PALETTE, Bar, Bars, Line, Lines, axis, broken, draw, number
-from echo_ray.evaluation.report import Origin, Report, as_json, rate_bar, table, write
+from echo_ray.evaluation.report import Origin, Report, as_json, rate_bar, subtitle, table, write
 from echo_ray.evaluation.statistics import Rate, Spread
 from echo_ray.out_folder import claim
 
@@ -140,6 +141,12 @@ def test_json_holds_everything_and_no_infinity(tmp_path: Path) -> None:
     assert set(body["versions"]) == {"echo_ray", "python", "torch", "numpy", "pillow"}
     with Image.open(image) as opened:
         assert opened.size[0] > 400
+
+
+def test_a_picture_says_how_many_cases_were_measured() -> None:
+    assert subtitle(REPORT, ORIGIN) == "p  ·  p/1/2  ·  1 case, seed 0"
+    many = replace(REPORT, cases=[{}] * 1914)
+    assert subtitle(many, ORIGIN).endswith("1,914 cases, seed 0"), "not the 4 that were asked for"
 
 
 def test_a_folder_that_takes_no_file_is_refused(tmp_path: Path) -> None:
